@@ -1,0 +1,491 @@
+"""A Llama in plain PyTorch that scores many answers to one prompt at the cost of one prompt.
+
+Read top to bottom: the config of a Hugging Face folder, rotary positions, attention over segments, the
+block, the model with its answer-only head, generation, safetensors in and out. Parameters carry Hugging Face
+names and Hugging Face's half-split rotary layout, so weights move in and out untouched.
+
+The model has no batch dimension. A batch is one stream of T tokens, cut into segments:
+
+    stream     [ prompt - last token | branch 0 | branch 1 | ... ][ next group ... ]
+    segment    (start, end, prefix_start, prefix_end): its tokens see stream[prefix_start:prefix_end]
+               and, causally, themselves. Never another branch, never another group.
+
+Causal by order in the stream, rotary by `positions`: two separate things, so no T x T mask exists anywhere and
+positions are free to have gaps.
+
+Shape letters: T tokens in the stream, N rows or groups, A answers, H query heads, K key/value heads,
+D head dim, C hidden size, V vocabulary.
+"""
+import json
+import math
+import os
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.nn.attention.bias import causal_lower_right
+from torch.utils.checkpoint import checkpoint
+
+try:
+    from flash_attn import flash_attn_varlen_func
+except ImportError:  # optional: without it, and on CPU, attention runs through PyTorch's SDPA
+    flash_attn_varlen_func = None
+
+IGNORE = -100      # target of a token that nobody scores
+HEAD_CHUNK = 1024  # answer tokens whose logits exist at the same time
+
+
+class BadInput(ValueError):
+    """Something the user gave is wrong; the message is one line that says where, what, and what was expected."""
+
+
+# ------------------------------------------------------------------------------------------------ config.json
+
+@dataclass
+class LlamaConfig:
+    """The fields of config.json that this model reads, under their Hugging Face names; `raw` keeps the file."""
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    initializer_range: float = 0.02
+    rope: dict = field(default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0})
+    raw: dict = field(default_factory=dict)
+
+    @classmethod
+    def from_json(cls, path):
+        """Read config.json in either dialect. BadInput names what cannot be run."""
+        raw = read_json(path)
+        kind = raw.get("model_type")
+        if kind not in ("llama", "mistral"):
+            raise BadInput(f"{path}: model_type is {kind!r}, expected 'llama' or 'mistral'")
+        for key, allowed in (("sliding_window", (None,)), ("quantization_config", (None,)),
+                             ("hidden_act", (None, "silu")), ("partial_rotary_factor", (None, 1.0))):
+            if raw.get(key) not in allowed:
+                raise BadInput(f"{path}: {key} is {raw[key]!r}, which this model does not implement")
+        missing = [key for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+                                   "num_attention_heads") if not isinstance(raw.get(key), int)]
+        if missing:
+            raise BadInput(f"{path}: no whole number under {', '.join(missing)}")
+        heads = raw["num_attention_heads"]
+        known = {key: raw[key] for key in cls.__dataclass_fields__ if raw.get(key) is not None and key != "raw"}
+        return cls(**{"num_key_value_heads": heads, "head_dim": raw["hidden_size"] // heads,
+                      "max_position_embeddings": 2048, **known, "rope": read_rope(raw, path), "raw": raw})
+
+    def to_json(self):
+        """The dict to write as config.json: the file that was read, with what may have changed since."""
+        names = [key for key in self.__dataclass_fields__ if key not in ("rope", "raw")]
+        raw = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu", **self.raw,
+               **{key: getattr(self, key) for key in names}}
+        if "rope_parameters" in raw:  # the dialect of transformers 5
+            return {**raw, "rope_parameters": self.rope}
+        scaling = {key: value for key, value in self.rope.items() if key != "rope_theta"}
+        return {**raw, "rope_theta": self.rope["rope_theta"],
+                "rope_scaling": None if scaling["rope_type"] == "default" else scaling}
+
+
+def read_rope(raw, path):
+    """One dict {"rope_type", "rope_theta", ...} from `rope_parameters`, or from `rope_theta` + `rope_scaling`."""
+    rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+    rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type") or "default"  # "type" is the oldest spelling
+    rope.setdefault("rope_theta", raw.get("rope_theta") or 10000.0)
+    needed = {"default": (), "linear": ("factor",), "dynamic": ("factor",), "yarn": ("factor",),
+              "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
+    if rope["rope_type"] not in needed:
+        raise BadInput(f"{path}: rope_type is {rope['rope_type']!r}, expected one of {', '.join(needed)}")
+    for key in needed[rope["rope_type"]]:
+        if not isinstance(rope.get(key), (int, float)):
+            raise BadInput(f"{path}: rope_type {rope['rope_type']!r} needs a number {key!r}, found {rope.get(key)!r}")
+    return rope
+
+
+def read_json(path):
+    try:
+        with open(path, encoding="utf-8") as f:
+            return json.load(f)
+    except OSError as e:
+        raise BadInput(f"{path}: cannot be read ({e.strerror})") from e
+    except ValueError as e:
+        raise BadInput(f"{path}: not JSON ({e})") from e
+
+
+# ---------------------------------------------------------------------------------------------------- rotary
+
+def rope_frequencies(config, span):
+    """Rotary frequencies (..., D/2) in fp32 and the factor on cos and sin, for each scaling that Llamas use.
+
+    span: tensor (..., 1), the length that the model must cover (largest position + 1); only dynamic NTK
+    depends on it. Formulas: NTK and dynamic NTK as in transformers, YaRN arXiv 2309.00071, llama3 as in Llama 3.1.
+    """
+    rope, dim = config.rope, config.head_dim
+    kind, theta, factor = rope["rope_type"], rope["rope_theta"], rope.get("factor")
+    exponent = torch.arange(0, dim, 2, dtype=torch.float32, device=span.device) / dim
+    if kind == "dynamic":  # stretch the base once the text outgrows the original window
+        window = config.max_position_embeddings
+        stretch = (factor * span.float() / window).clamp(min=factor) - (factor - 1)
+        return (theta * stretch ** (dim / (dim - 2))) ** -exponent, 1.0
+    frequencies = 1.0 / theta ** exponent
+    if kind == "linear":
+        return frequencies / factor, 1.0
+    if kind == "llama3":  # long wavelengths are interpolated, short ones kept, those between blended
+        window, low, high = rope["original_max_position_embeddings"], rope["low_freq_factor"], rope["high_freq_factor"]
+        keep = ((window * frequencies / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
+        return frequencies * (keep + (1 - keep) / factor), 1.0
+    if kind == "yarn":
+        return yarn_frequencies(config, frequencies)
+    return frequencies, 1.0
+
+
+def yarn_frequencies(config, frequencies):
+    """YaRN: a ramp over the dimensions from kept to interpolated, and a temperature on the attention scores."""
+    rope, dim = config.rope, config.head_dim
+    window = rope.get("original_max_position_embeddings") or config.max_position_embeddings
+
+    def dim_of(turns):  # the dimension that turns so many times inside the original window
+        return dim * math.log(window / (turns * 2 * math.pi)) / (2 * math.log(rope["rope_theta"]))
+
+    low, high = dim_of(rope.get("beta_fast") or 32), dim_of(rope.get("beta_slow") or 1)
+    if rope.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    steps = torch.arange(dim // 2, dtype=torch.float32, device=frequencies.device)
+    interpolated = ((steps - low) / max(high - low, 0.001)).clamp(0, 1)
+    frequencies = frequencies * (1 - interpolated + interpolated / rope["factor"])
+
+    def temperature(scale):
+        return 0.1 * scale * math.log(rope["factor"]) + 1.0 if rope["factor"] > 1 else 1.0
+
+    if rope.get("attention_factor") is not None:
+        return frequencies, rope["attention_factor"]
+    if rope.get("mscale") and rope.get("mscale_all_dim"):
+        return frequencies, temperature(rope["mscale"]) / temperature(rope["mscale_all_dim"])
+    return frequencies, temperature(1.0)
+
+
+def rotary_tables(config, positions, span, dtype):
+    """cos and sin, (T, 1, D) each. No table of all positions: they are arbitrary integers up to the window.
+
+    Angles are fp32, elementwise: a bf16 angle is off by several turns beyond a few thousand positions.
+    """
+    frequencies, scale = rope_frequencies(config, span)
+    angles = positions[:, None].float() * frequencies           # (T, D/2)
+    angles = torch.cat([angles, angles], dim=-1)[:, None]       # (T, 1, D): the two halves turn together
+    return (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
+
+
+def rotate(x, cos, sin):
+    """Turn x (T, heads, D) by its positions; Hugging Face pairs dimension i with i + D/2."""
+    a, b = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-b, a], dim=-1) * sin
+
+
+# ------------------------------------------------------------------------------------------------- attention
+
+class SegmentAttention:
+    """Attention over a stream's segments: (T, H, D), (T, K, D), (T, K, D) -> (T, H, D). One layout, all layers.
+
+    segments: list of (start, end, prefix_start, prefix_end), covering the stream in order.
+    """
+
+    def __init__(self, segments, device):
+        self.segments = segments
+        if flash_attn_varlen_func is not None and torch.device(device).type == "cuda":
+            queries = [end - start for start, end, _, _ in segments]
+            keys = [end - start + p_end - p_start for start, end, p_start, p_end in segments]
+            self.key_index = torch.cat([torch.arange(a, b) for start, end, p_start, p_end in segments
+                                        for a, b in ((p_start, p_end), (start, end))]).to(device)
+            self.lengths = [torch.tensor([0, *n], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
+                            for n in (queries, keys)] + [max(queries), max(keys)]
+
+    def __call__(self, q, k, v):
+        if q.is_cuda and flash_attn_varlen_func is not None:  # one call for the whole stream; causal is bottom-right
+            return flash_attn_varlen_func(q, k[self.key_index], v[self.key_index], *self.lengths, causal=True)
+        out = []
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # (1, heads, T, D)
+        for start, end, p_start, p_end in self.segments:
+            if p_end == p_start:
+                keys, values, causal = k[:, :, start:end], v[:, :, start:end], {"is_causal": True}
+            else:
+                keys, values = (torch.cat([x[:, :, p_start:p_end], x[:, :, start:end]], dim=2) for x in (k, v))
+                causal = {"attn_mask": causal_lower_right(end - start, end - start + p_end - p_start)}
+            out.append(F.scaled_dot_product_attention(q[:, :, start:end], keys, values, enable_gqa=True, **causal))
+        return torch.cat(out, dim=2)[0].transpose(0, 1)
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        C, H, K, D = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.head_dim = D
+        self.q_proj = nn.Linear(C, H * D, bias=config.attention_bias)
+        self.k_proj = nn.Linear(C, K * D, bias=config.attention_bias)
+        self.v_proj = nn.Linear(C, K * D, bias=config.attention_bias)
+        self.o_proj = nn.Linear(H * D, C, bias=config.attention_bias)
+
+    def forward(self, x, cos, sin, attend):
+        T, D = x.shape[0], self.head_dim
+        q, k, v = (proj(x).view(T, -1, D) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        return self.o_proj(attend(rotate(q, cos, sin), rotate(k, cos, sin), v).reshape(T, -1))
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        C, I = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(C, I, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(C, I, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(I, C, bias=config.mlp_bias)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = MLP(config)
+        self.checkpointing = False  # keep only the block's input, compute the rest again in backward
+
+    def forward(self, x, cos, sin, attend):
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(self.compute, x, cos, sin, attend, use_reentrant=False)
+        return self.compute(x, cos, sin, attend)
+
+    def compute(self, x, cos, sin, attend):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+# ----------------------------------------------------------------------------------------------------- Llama
+
+class Llama(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.model = nn.ModuleDict(dict(
+            embed_tokens=nn.Embedding(config.vocab_size, config.hidden_size),
+            layers=nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers)),
+            norm=nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)))
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def set_checkpointing(self, on):
+        for block in self.model.layers:
+            block.checkpointing = on
+
+    def trunk(self, tokens, positions, span, attend):
+        """Last hidden state (T, C) of a stream. attend: one callable for all layers, or one a layer."""
+        x = self.model.embed_tokens(tokens)
+        cos, sin = rotary_tables(self.config, positions, span, x.dtype)
+        for i, block in enumerate(self.model.layers):
+            x = block(x, cos, sin, attend[i] if isinstance(attend, list) else attend)
+        return self.model.norm(x)
+
+    def forward(self, tokens, positions, targets, segments):
+        """Sum of the log-probs, and length, of every answer of a packed batch: (A,) float32 and (A,) int64.
+
+        tokens, positions, targets: (T,) int64; targets hold the token to predict, or IGNORE.
+        segments: see SegmentAttention. A segment with a prefix is one answer; the answers keep their order.
+        """
+        answers = [s for s in segments if s[3] > s[2]]
+        span = group_spans(positions, segments) if self.config.rope["rope_type"] == "dynamic" else positions[:1]
+        x = self.trunk(tokens, positions, span, SegmentAttention(segments, tokens.device))
+        answer_of = torch.full_like(tokens, -1)
+        for i, (start, end, _, _) in enumerate(answers):
+            answer_of[start:end] = i
+        rows = (targets != IGNORE).nonzero()[:, 0]  # logits exist for these rows only
+        logps = torch.cat([checkpoint(self.token_logps, x[r], targets[r], use_reentrant=False)
+                           for r in rows.split(HEAD_CHUNK)])
+        zeros = torch.zeros(len(answers), dtype=logps.dtype, device=logps.device)
+        owner = answer_of[rows]
+        return zeros.index_add(0, owner, logps), torch.bincount(owner, minlength=len(answers))
+
+    def token_logps(self, x, targets):
+        """log pi(target) of each row, in fp32; checkpointed, so that backward does not keep the logits."""
+        logits = F.linear(x, self.lm_head.weight).float()
+        return -F.cross_entropy(logits.double() if x.dtype == torch.float64 else logits, targets, reduction="none")
+
+    def logits(self, tokens, positions=None):
+        """Logits (N, T, V) of N full rows (N, T); positions (T,) or (N, T), 0..T-1 where None."""
+        N, T = tokens.shape
+        positions = torch.arange(T, device=tokens.device) if positions is None else positions
+        positions = positions.expand(N, T).reshape(-1)
+        rows = SegmentAttention([(i * T, i * T + T, 0, 0) for i in range(N)], tokens.device)
+        x = self.trunk(tokens.reshape(-1), positions, positions.max()[None] + 1, rows)
+        return self.lm_head(x).view(N, T, -1)
+
+    # ------------------------------------------------------------------------------------------- generation
+
+    @torch.no_grad()
+    def generate(self, prompts, max_new_tokens, temperature=0.0, top_p=1.0, stop_ids=(), generator=None):
+        """Continue each prompt; lists of ids in, lists of new ids out, with the stop token where one came.
+
+        An answer without a stop token at its end was cut by max_new_tokens. temperature 0 is greedy;
+        generator: a torch.Generator on the model's device, for sampling.
+        """
+        if not all(len(p) for p in prompts):
+            raise BadInput(f"prompt {[len(p) for p in prompts].index(0)} of {len(prompts)} is empty")
+        device = self.lm_head.weight.device
+        cache = KVCache(self.config, [len(p) for p in prompts], max_new_tokens)
+        tokens = torch.tensor([t for p in prompts for t in p], device=device)
+        positions = torch.cat([torch.arange(len(p), device=device) for p in prompts])
+        x = self.trunk(tokens, positions, positions.max()[None] + 1, cache.prefill(device))
+        x = x[torch.tensor(cache.starts[1:], device=device) - 1]  # the last token of each prompt
+        out, alive = [[] for _ in prompts], set(range(len(prompts)))
+        for step in range(max_new_tokens):
+            tokens = sample(self.lm_head(x).float(), temperature, top_p, generator)
+            for i, token in enumerate(tokens.tolist()):
+                if i in alive:
+                    out[i].append(token)
+                    if token in stop_ids:
+                        alive.discard(i)
+            if not alive or step == max_new_tokens - 1:
+                return out
+            positions = cache.lengths.to(device) + step
+            x = self.trunk(tokens, positions, positions.max()[None] + 1, cache.decode(device, step))
+        return out
+
+    # ------------------------------------------------------------------------------------- safetensors files
+
+    @classmethod
+    def from_pretrained(cls, folder, dtype=torch.float32):
+        """Open a Hugging Face folder on the CPU. BadInput for a missing, unexpected or misshapen tensor."""
+        config = LlamaConfig.from_json(os.path.join(folder, "config.json"))
+        with torch.device("meta"):
+            model = cls(config)
+        wanted = dict(model.named_parameters())
+        files = weight_files(folder)
+        missing = sorted(wanted.keys() - files.keys())
+        extra = sorted(n for n in files.keys() - wanted.keys() if n != "lm_head.weight" and "rotary_emb" not in n)
+        if missing or extra:
+            name, what = (missing[0], "missing") if missing else (extra[0], "not a tensor of this model")
+            raise BadInput(f"{folder}: {name} is {what} ({len(missing)} missing, {len(extra)} unexpected)")
+        state = {}
+        for path in sorted({files[name] for name in wanted}):
+            with open_safetensors(path) as f:
+                for name in (n for n in wanted if files[n] == path):
+                    shape, expected = f.get_slice(name).get_shape(), list(wanted[name].shape)
+                    if shape != expected:
+                        raise BadInput(f"{path}: {name} has shape {shape}, config.json says {expected}")
+                    state[name] = f.get_tensor(name).to(dtype)
+        model.load_state_dict(state, strict=False, assign=True)  # the tied head is the one name left out
+        if config.tie_word_embeddings:
+            model.lm_head.weight = model.model.embed_tokens.weight
+        return model
+
+    def save_pretrained(self, folder, state=None):
+        """Write config.json and model.safetensors, which transformers opens; atomic file by file.
+
+        state: the full tensors by name, where the parameters themselves are sharded.
+        """
+        state = dict(self.named_parameters()) if state is None else state
+        state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+        os.makedirs(folder, exist_ok=True)
+        path = os.path.join(folder, "model.safetensors")
+        save_file(state, path + ".tmp", metadata={"format": "pt"})
+        os.replace(path + ".tmp", path)
+        dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
+        write_json({**self.config.to_json(), "dtype": dtype}, os.path.join(folder, "config.json"))
+
+
+def group_spans(positions, segments):
+    """(T, 1): largest position + 1 of each token's own group, so that groups do not see each other's lengths."""
+    starts = [start for start, _, p_start, p_end in segments if p_end == p_start] + [len(positions)]
+    return torch.cat([(positions[a:b].max() + 1).expand(b - a, 1) for a, b in zip(starts, starts[1:])])
+
+
+def sample(logits, temperature, top_p, generator):
+    """Next token (N,) from logits (N, V): the best one at temperature 0, else from the nucleus of mass top_p."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    probs, order = (logits / temperature).softmax(-1).sort(dim=-1, descending=True)
+    probs = probs.masked_fill(probs.cumsum(-1) - probs >= top_p, 0)  # always keeps the first
+    return order.gather(1, torch.multinomial(probs, 1, generator=generator))[:, 0]
+
+
+class KVCache:
+    """Keys and values of N prompts and their answers. Prompts are prefilled as one unpadded stream."""
+
+    def __init__(self, config, lengths, max_new_tokens):
+        self.lengths = torch.tensor(lengths)
+        self.starts = [0, *self.lengths.cumsum(0).tolist()]
+        self.size = max(lengths) + max_new_tokens
+        self.layers = [None] * config.num_hidden_layers
+
+    def prefill(self, device):
+        rows = list(zip(self.starts, self.starts[1:]))
+        attention = SegmentAttention([(a, b, 0, 0) for a, b in rows], device)
+
+        def attend(layer, q, k, v):
+            self.layers[layer] = cached = k.new_zeros(2, len(rows), self.size, *k.shape[1:])  # (2, N, S, K, D)
+            for i, (a, b) in enumerate(rows):
+                cached[0, i, :b - a], cached[1, i, :b - a] = k[a:b], v[a:b]
+            return attention(q, k, v)
+
+        return [partial(attend, i) for i in range(len(self.layers))]
+
+    def decode(self, device, step):
+        rows, slot = torch.arange(len(self.lengths), device=device), self.lengths.to(device) + step
+        filled = int(self.lengths.max()) + step + 1
+        seen = (torch.arange(filled, device=device) <= slot[:, None])[:, None, None]  # (N, 1, 1, S)
+
+        def attend(layer, q, k, v):
+            cached = self.layers[layer]
+            cached[0, rows, slot], cached[1, rows, slot] = k, v
+            keys, values = cached[:, :, :filled].transpose(2, 3)                      # (N, K, S, D)
+            return F.scaled_dot_product_attention(q[:, :, None], keys, values, attn_mask=seen, enable_gqa=True)[:, :, 0]
+
+        return [partial(attend, i) for i in range(len(self.layers))]
+
+
+def weight_files(folder):
+    """{tensor name: path} from model.safetensors, or from the shards that model.safetensors.index.json names."""
+    index = os.path.join(folder, "model.safetensors.index.json")
+    single = os.path.join(folder, "model.safetensors")
+    if os.path.exists(index):
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise BadInput(f"{index}: no 'weight_map' from tensor names to files")
+        files = {name: os.path.join(folder, shard) for name, shard in weight_map.items()}
+    elif os.path.exists(single):
+        with open_safetensors(single) as f:
+            return {name: single for name in f.keys()}
+    else:
+        raise BadInput(f"{folder}: neither model.safetensors nor model.safetensors.index.json is there")
+    for path in sorted(set(files.values())):
+        with open_safetensors(path) as f:
+            held = set(f.keys())
+        lost = sorted(name for name, where in files.items() if where == path and name not in held)
+        if lost:
+            raise BadInput(f"{path}: {lost[0]} is not in this shard, though {os.path.basename(index)} says so")
+    return files
+
+
+def open_safetensors(path):
+    try:
+        return safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as e:
+        raise BadInput(f"{path}: not a readable safetensors file ({e})") from e
+
+
+def write_json(value, path):
+    with open(path + ".tmp", "w", encoding="utf-8") as f:
+        json.dump(value, f, indent=2, ensure_ascii=False)
+        f.write("\n")
+    os.replace(path + ".tmp", path)
