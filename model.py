@@ -84,6 +84,13 @@ class LlamaConfig:
         return cls(**{"num_key_value_heads": heads, "head_dim": raw["hidden_size"] // heads,
                       "max_position_embeddings": 2048, **known, "rope": read_rope(raw, path), "raw": raw})
 
+    def extend(self, window):
+        """Announce a longer window to whoever opens the export, without changing any frequency."""
+        if self.rope["rope_type"] == "yarn":
+            self.rope.setdefault("original_max_position_embeddings", self.max_position_embeddings)
+        if self.rope["rope_type"] != "dynamic":  # dynamic NTK computes its frequencies from the original window
+            self.max_position_embeddings = max(window, self.max_position_embeddings)
+
     def to_json(self):
         """The dict to write as config.json: the file that was read, with what may have changed since."""
         names = [key for key in self.__dataclass_fields__ if key not in ("rope", "raw")]

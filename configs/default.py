@@ -1,0 +1,62 @@
+"""Every key and its meaning. The other files hold differences only; key=value on the command line wins over both."""
+config = dict(
+    # the run
+    model="",                # Hugging Face folder of the model to align: config.json, safetensors, tokenizer
+    out="",                  # folder of the run; empty: out/<name of the config file>
+    seed=0,                  # of every draw: data, sampling, positions, order
+    dtype="float32",         # of the forward pass: float32, or bfloat16 (slow on CPUs); trained weights stay float32
+    template="auto",         # chat template: auto, llama3, chatml, smollm2, llama2, mistral, plain
+    threads=0,               # CPU threads of a process; 0: PyTorch's choice
+
+    # examples -> pairs (METHOD: Sec. 3.2.2 of the paper)
+    examples="",             # .jsonl of {context, question, answers} or {question, answers, title, text}, or a .py with examples()
+    context_size=8,          # passages around a question, where the corpus is passages; tokens, where it is a .py
+    n_examples=0,            # examples to build pairs from; 0: all
+    pairs="",                # the pairs' file; empty: pairs.jsonl in the run's folder
+    chunk_size=512,          # tokens of a chunk
+    n_chunks=16,             # N, chunks of a prompt
+    delta=6,                 # a chunk that shares more words than this with the question is critical
+    max_critical=0,          # keep so many of the best critical chunks; 0: up to n_chunks
+    score_with="question+answer",  # what a chunk's words are compared with: question, question+answer
+    prompt_head="",          # text before the chunks, inside the user's turn
+    prompt_tail="\n\nQuestion: {question}",  # text after them
+    n_rejected=2,            # M, dis-preferred answers of a pair
+    candidates=0,            # dis-preferred answers to generate, from which the first M good ones are kept; 0: M
+    require_correct=True,    # drop pairs whose chosen lacks the reference answer, and rejected answers that have it
+    max_new_tokens=512,      # longest generated answer; a longer one is dropped, never cut
+    temperature=0.7,         # of the answers' sampling; 0: greedy
+    top_p=0.95,              # nucleus of the sampling
+    build_batch=8,           # examples whose answers are generated together
+
+    # positions (Sec. 3.2.2, Eq. 4)
+    window=65536,            # K, positions that a sample may use
+    positions="mix",         # continuous, sparse, mix (sparse at sparse_share), none (0, 1, 2, ...)
+    sparse_share=0.1,        # of the samples under mix
+    draws=2,                 # position draws of a pair; together they cover each chunk's slot
+    rope_theta=0.0,          # train and export with this RoPE base; 0: the checkpoint's own
+
+    # objective (Eq. 2 and 3)
+    beta=10.0,               # scale of the rewards
+    gamma=3.0,               # margin between the rewards, outside beta
+    sft_weight=0.1,          # lambda, weight of the chosen answer's mean negative log-likelihood
+
+    # optimization
+    steps=1200,              # optimizer steps
+    batch_size=64,           # groups (a prompt with its M + 1 answers) a step, over all processes
+    micro_batch=1,           # groups in one forward pass of one process
+    lr=5e-7,                 # peak learning rate
+    warmup=0.1,              # share of the steps with a rising rate; then cosine to zero
+    weight_decay=0.05,       # of matrices; norms and biases have none
+    beta1=0.9,               # AdamW
+    beta2=0.999,             # AdamW
+    grad_clip=1.0,           # largest norm of the gradient
+    checkpointing=True,      # keep only the blocks' inputs, recompute the rest in backward
+
+    # evaluation
+    log_interval=10,         # steps between printed lines; metrics.jsonl has every step
+    held_out=64,             # pairs, the last of the file, that are not trained on
+    eval_interval=100,       # steps between evaluations on them; 0: only before and after
+    recall_sizes=[],         # context sizes (as context_size) at which answers are counted, before and after
+    recall_questions=0,      # fresh examples at each of these sizes
+    recall_batch=25,         # prompts generated together
+)

@@ -1,0 +1,444 @@
+"""From examples to batches: everything before the model sees a tensor.
+
+    example        {"context": str or [passage, ...], "question": str, "answers": [str, ...]}
+      chunk          -> chunks, lists of token ids; their borders stay in token ids from here on
+      score, select  -> which chunks the chosen, the rejected and the training prompt see      Sec. 3.2.2
+      generate       -> chosen and M rejected answers, by the policy itself
+    pairs.jsonl    {"id", "question", "answers", "chunks", "scores", "chosen", "rejected"}     text above, integers below
+      encode_group   -> tokens, targets, segments of a prompt and its M + 1 answers            the only shift
+      synthesize     -> positions spread over the window                                       Eq. 4
+    batch          one packed stream of groups, a function of (seed, step) alone
+
+    python data.py configs/NAME.py key=value      builds the pairs, or goes on building them
+"""
+import importlib.util
+import json
+import os
+import re
+import sys
+from collections import Counter
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from configs import load_config
+from model import IGNORE, BadInput, Llama
+from tokenizer import load_tokenizer
+
+
+# --------------------------------------------------------------------------------------------------- examples
+
+def read_lines(path):
+    """(line number, dict) of a JSON-lines file; BadInput names the line that is not one."""
+    if not os.path.isfile(path):
+        raise BadInput(f"{path}: no such file")
+    with open(path, encoding="utf-8") as f:
+        for number, line in enumerate(f, 1):
+            try:
+                row = json.loads(line)
+            except ValueError as e:
+                raise BadInput(f"{path}, line {number}: not JSON ({e})") from e
+            if not isinstance(row, dict):
+                raise BadInput(f"{path}, line {number}: expected a JSON object, found {line.strip()[:40]!r}")
+            yield number, row
+
+
+def read_examples(cfg, split, size=None):
+    """Examples for the pairs (split "train") or fresh ones to count recall on (split "recall"); never both.
+
+    size: passages around the question, or tokens of context where the corpus is a .py with
+    examples(count, size, seed). A corpus file is shuffled once by the seed; "train" takes its head.
+    """
+    path, size = cfg["examples"], size or cfg["context_size"]
+    train, count = cfg["n_examples"], cfg["recall_questions"]
+    if path.endswith(".py"):
+        if not os.path.isfile(path) or not train:
+            raise BadInput(f"{path}: no such file" if train else "n_examples is 0: a generated corpus has no end")
+        spec = importlib.util.spec_from_file_location("corpus", path)
+        corpus = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(corpus)
+        seed = cfg["seed"] * 1_000_003 + (size + 1 if split == "recall" else 0)
+        return list(corpus.examples(train if split == "train" else count, size, seed))
+    rows = [checked_example(row, f"{path}, line {number}") for number, row in read_lines(path)]
+    order = np.random.default_rng(cfg["seed"]).permutation(len(rows))
+    train = min(train or len(rows), len(rows))
+    if split == "recall" and train + count > len(rows):
+        raise BadInput(f"{path}: {len(rows)} examples, expected {train} for pairs + {count} for recall_questions")
+    rows = [rows[i] for i in (order[:train] if split == "train" else order[train:train + count])]
+    return [with_distractors(i, rows, size, cfg["seed"]) if "text" in row else row for i, row in enumerate(rows)]
+
+
+def checked_example(row, where):
+    for key in ("question", "text" if "text" in row else "context"):
+        if not isinstance(row.get(key), str) or not row[key].strip():
+            raise BadInput(f"{where}: {key!r} is {row.get(key)!r}, expected a text that is not empty")
+    answers = row.get("answers", [row["answer"]] if row.get("answer") else [])
+    if not isinstance(answers, list) or not all(isinstance(a, str) and a.strip() for a in answers):
+        raise BadInput(f"{where}: 'answers' is {answers!r}, expected a list of texts that are not empty")
+    return {**row, "answers": answers}
+
+
+def with_distractors(i, rows, size, seed):
+    """Row i with its passage among size - 1 passages of other rows, in random order."""
+    rng = np.random.default_rng([seed, i])
+    if size > len(rows):
+        raise BadInput(f"context_size is {size} passages, the corpus has {len(rows)}")
+    others = [j for j in rng.permutation(len(rows))[:size] if j != i][:size - 1]
+    passages = [f"{rows[j].get('title', '')}\n{rows[j]['text']}".strip() for j in rng.permutation([i, *others])]
+    return {"question": rows[i]["question"], "answers": rows[i]["answers"], "context": passages}
+
+
+def normalize(text):
+    """Lower case, no articles, no punctuation, single spaces: how answers are compared."""
+    return " ".join(re.sub(r"\b(a|an|the)\b|[^\w\s]|_", " ", text.lower()).split())
+
+
+def is_right(text, answers):
+    """Whether a generated text contains one of the reference answers."""
+    text = f" {normalize(text)} "
+    return any(f" {normalize(answer)} " in text for answer in answers)
+
+
+# ---------------------------------------------------------------------------------- chunks, scores, selection
+
+COMMON = set("""about after again against also although another because been before being below between both came come
+could does doing done down during each else even ever every first from gave give going good have having here himself into
+its itself just know last less like made make many more most much must name never next once only other over same should
+since some still such take than that their them then there these they thing this those through time under until upon used
+very want well went were what when where which while will with within without would year your yours""".split())
+
+
+def words_evaluator(text):
+    """The built-in evaluator: names, numbers and uncommon words of a text, lower-cased. text -> set of str.
+
+    An evaluator is any function of this form; the paper uses spaCy's entities (Sec. 3.2.2).
+    """
+    words = re.findall(r"\w+(?:[.,]\d+)*", text)
+    return {w.lower() for i, w in enumerate(words)
+            if w[0].isdigit() or w[0].isupper() and len(w) > 1 and w.lower() not in COMMON | {"the", "who", "how", "and", "for"}
+            or len(w) > 3 and w.lower() not in COMMON}
+
+
+def chunk(context, tokenizer, size):
+    """Token ids of equal chunks. A context that comes as passages is cut at their borders as well."""
+    texts = [context] if isinstance(context, str) else [passage + "\n\n" for passage in context]
+    encoded = [tokenizer.encode(text) for text in texts]
+    return [ids[i:i + size] for ids in encoded for i in range(0, len(ids), size)]
+
+
+class Selection(NamedTuple):
+    """Chunk indices in document order."""
+    chosen: list    # critical chunks only
+    rejected: list  # one list for each dis-preferred answer
+    training: list  # C', which all answers share
+
+
+def select(scores, n_chunks, delta, max_critical, n_rejected, rng):
+    """Which chunks each prompt sees (Sec. 3.2.2); None, with the reason, where a document has no two sides.
+
+    A document without a chunk above delta counts its best chunk, if that shares anything at all, as critical.
+    Dis-preferred prompts alternate between irrelevant chunks only, and a mix: the weaker half of the critical
+    chunks and the nearest misses, filled up with irrelevant ones. The strongest evidence is in neither.
+    """
+    ranked = sorted(range(len(scores)), key=lambda i: (-scores[i], i))
+    critical = [i for i in ranked if scores[i] > delta][:max_critical or n_chunks]
+    critical = critical or [i for i in ranked[:1] if scores[i] > 0]
+    if not critical:
+        return None, "no critical chunk"
+    rest = [i for i in ranked if i not in critical]
+    if not rest:
+        return None, "no irrelevant chunk"
+    near = (critical[(len(critical) + 1) // 2:] + rest)[:max(1, n_chunks // 2)]
+    far = [i for i in rest[len(rest) // 2:] if i not in near] or rest[-1:]
+
+    def some(pool, n):
+        return [pool[i] for i in rng.permutation(len(pool))[:n]]
+
+    irrelevant = rest[-max(n_chunks, len(rest) // 2):]
+    rejected = [sorted(some(irrelevant, n_chunks) if j % 2 == 0 else near + some(far, n_chunks - len(near)))
+                for j in range(n_rejected)]
+    training = critical + [i for i in near if i not in critical][:(n_chunks - len(critical) + 1) // 2]
+    training += some([i for i in rest if i not in training], n_chunks - len(training))
+    return Selection(sorted(critical), rejected, sorted(training)), None
+
+
+# ------------------------------------------------------------------------------------------------------ pairs
+
+BUILD_KEYS = """model template seed examples context_size n_examples chunk_size n_chunks delta max_critical score_with prompt_head
+prompt_tail n_rejected candidates require_correct max_new_tokens temperature top_p build_batch""".split()
+
+
+def pairs_path(cfg):
+    return cfg["pairs"] or os.path.join(run_folder(cfg), "pairs.jsonl")
+
+
+def run_folder(cfg):
+    return cfg["out"] or os.path.join("out", cfg["name"])
+
+
+def check_fit(cfg, tokenizer):
+    """Before any work: can N chunks, a question and an answer stand inside the window?"""
+    prefix, suffix, _ = tokenizer.chat(cfg["prompt_head"], cfg["prompt_tail"].format(question=""))
+    left = cfg["window"] - len(prefix) - len(suffix) - cfg["n_chunks"] * cfg["chunk_size"]
+    if left < cfg["max_new_tokens"] or min(cfg["n_chunks"], cfg["chunk_size"], cfg["n_rejected"]) < 1:
+        raise BadInput(f"{cfg['n_chunks']} chunks of {cfg['chunk_size']} tokens leave {left} of window={cfg['window']} for "
+                       f"question and answer (max_new_tokens={cfg['max_new_tokens']}): lower n_chunks or chunk_size")
+
+
+def start_file(path, header):
+    """Ids already in the pairs' file. A line cut short by a kill is taken off; other settings are refused."""
+    done = set()
+    if not os.path.exists(path):
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        with open(path, "w", encoding="utf-8") as f:
+            f.write(json.dumps({"settings": header}) + "\n")
+        return done
+    with open(path, "rb+") as f:
+        content = f.read()
+        f.truncate(content.rfind(b"\n") + 1)
+    if b"\n" not in content:
+        os.remove(path)
+        return start_file(path, header)
+    for number, row in read_lines(path):
+        if number == 1:
+            changed = [k for k in header if row.get("settings", {}).get(k) != header[k]]
+            if changed:
+                raise BadInput(f"{path}: was built with {changed[0]}={row.get('settings', {}).get(changed[0])!r}, now it is "
+                               f"{header[changed[0]]!r}: name another file with pairs=, or remove this one")
+        else:
+            done.add(row["id"])
+    return done
+
+
+def build_pairs(cfg, model, tokenizer, evaluator=words_evaluator):
+    """Append a line for each example to the pairs' file: a pair, or {"id", "dropped": reason}.
+
+    Examples go through in blocks of build_batch, whose sampling is seeded by the block: an interrupted build that
+    goes on writes the same file as one that was left alone.
+    """
+    check_fit(cfg, tokenizer)
+    path, examples = pairs_path(cfg), read_examples(cfg, "train")
+    done = start_file(path, {key: cfg[key] for key in BUILD_KEYS})
+    size = max(1, cfg["build_batch"])
+    with open(path, "a", encoding="utf-8") as f, tqdm(total=len(examples), desc="pairs", disable=None) as bar:
+        for start in range(0, len(examples), size):
+            ids = range(start, min(start + size, len(examples)))
+            if not done.issuperset(ids):
+                for row in build_block(cfg, model, tokenizer, evaluator, ids, [examples[i] for i in ids]):
+                    if row["id"] not in done:
+                        f.write(json.dumps(row, ensure_ascii=False) + "\n")
+                f.flush()
+            bar.update(len(ids))
+    reasons = Counter(row.get("dropped", "") for number, row in read_lines(path) if number > 1)
+    print(f"{path}: {reasons.pop('', 0)} pairs of {len(examples)} examples"
+          + "".join(f", {n} dropped: {reason}" for reason, n in reasons.most_common()))
+
+
+def build_block(cfg, model, tokenizer, evaluator, ids, examples):
+    """The lines of a block of examples, in order. Rejected answers are only generated where the chosen one holds."""
+    planned = [plan(cfg, tokenizer, evaluator, i, e) for i, e in zip(ids, examples)]
+    generator = torch.Generator(model.lm_head.weight.device).manual_seed(cfg["seed"] * 1_000_003 + ids[0])
+    chosen = iter(answer(cfg, model, tokenizer, generator, [(row, s.chosen) for row, s in planned if s]))
+    for row, selection in planned:
+        if selection:
+            row["chosen"] = next(chosen)
+            fault = fault_of_chosen(row, cfg["require_correct"])
+            if fault:
+                row["dropped"] = fault
+    alive = [(row, s) for row, s in planned if "dropped" not in row]
+    rejected = iter(answer(cfg, model, tokenizer, generator, [(row, picked) for row, s in alive for picked in s.rejected]))
+    for row, selection in planned:
+        if "dropped" not in row:
+            row["rejected"], fault = keep_rejected(row, [next(rejected) for _ in selection.rejected], cfg)
+            for key in ("scores", "chunks"):
+                row[key] = [row[key][i] for i in selection.training]
+            if fault:
+                row["dropped"] = fault
+        yield {"id": row["id"], "dropped": row["dropped"]} if "dropped" in row else row
+
+
+def answer(cfg, model, tokenizer, generator, asked):
+    """The policy's answer to each (row, chunk indices); None for one that did not end within max_new_tokens."""
+    prompts, stops = [], ()
+    for row, picked in asked:
+        prefix, suffix, stops = tokenizer.chat(cfg["prompt_head"], cfg["prompt_tail"].format(question=row["question"]))
+        prompts.append(prefix + [t for i in picked for t in row["chunks"][i]] + suffix)
+    if not prompts:
+        return []
+    out = model.generate(prompts, cfg["max_new_tokens"], cfg["temperature"], cfg["top_p"], stops, generator)
+    return [tokenizer.decode(ids[:-1]) if ids[-1] in stops else None for ids in out]
+
+
+def plan(cfg, tokenizer, evaluator, i, example):
+    """(row, Selection) of an example, or ({"id", "dropped"}, None)."""
+    chunks = chunk(example["context"], tokenizer, cfg["chunk_size"])
+    wanted = evaluator(example["question"])
+    if cfg["score_with"] == "question+answer":
+        wanted = wanted.union(*(evaluator(answer) for answer in example["answers"]))
+    scores = [len(wanted & evaluator(tokenizer.decode(c))) for c in chunks]
+    selection, reason = select(scores, cfg["n_chunks"], cfg["delta"], cfg["max_critical"],
+                               cfg["candidates"] or cfg["n_rejected"], np.random.default_rng([cfg["seed"], i]))
+    if reason:
+        return {"id": i, "dropped": reason}, None
+    return {"id": i, "question": example["question"], "answers": example["answers"], "chunks": chunks, "scores": scores}, selection
+
+
+def fault_of_chosen(row, require_correct):
+    """Why a chosen answer makes no pair, or None."""
+    text = row["chosen"]
+    if text is None:
+        return "chosen unfinished"
+    if not text.strip():
+        return "chosen empty"
+    return "chosen wrong" if require_correct and row["answers"] and not is_right(text, row["answers"]) else None
+
+
+def keep_rejected(row, candidates, cfg):
+    """(the first M usable rejected answers, None), or what was wrong with the last unusable one where M are not left."""
+    kept, seen, fault = [], {normalize(row["chosen"])}, None
+    for text in candidates:
+        wrong = ("rejected unfinished" if text is None else "rejected empty" if not text.strip() else
+                 "rejected equals another answer" if normalize(text) in seen else
+                 "rejected right" if cfg["require_correct"] and row["answers"] and is_right(text, row["answers"]) else None)
+        if wrong is None:
+            kept.append(text)
+            seen.add(normalize(text))
+        fault = wrong or fault
+    return kept[:cfg["n_rejected"]], fault if len(kept) < cfg["n_rejected"] else None
+
+
+def load_pairs(path, n_rejected):
+    """Pairs of a file, chunks as int32 arrays. BadInput for a pair that the loss cannot use."""
+    pairs = []
+    for number, row in read_lines(path):
+        if "dropped" in row or "settings" in row:
+            continue
+        where = f"{path}, line {number}"
+        lost = [key for key in ("id", "question", "chunks", "chosen", "rejected") if not row.get(key) and row.get(key) != 0]
+        if lost:
+            raise BadInput(f"{where}: {lost[0]!r} is {row.get(lost[0])!r}, expected something")
+        if len(row["rejected"]) < n_rejected or not all(a.strip() for a in [row["chosen"], *row["rejected"]]):
+            raise BadInput(f"{where}: {len(row['rejected'])} rejected answers, expected {n_rejected} that are not empty")
+        pairs.append({**row, "chunks": [np.array(c, dtype=np.int32) for c in row["chunks"]]})
+    if not pairs:
+        raise BadInput(f"{path}: no pairs in it")
+    return pairs
+
+
+# -------------------------------------------------------------------------------------------------- positions
+
+def synthesize_positions(chunk_lengths, prefix, tail, window, kind, draw, draws, seed):
+    """Positions of prefix + chunks, and of the first token after them: (int64 array, int). Eq. 4 and App. D.
+
+    The prefix sits at 0.., question and answers (tail tokens in all) follow the last chunk without a gap. In between,
+    chunk c owns a slot of its own length plus 1/N of the window's slack, so that order is kept:
+
+        0 prefix | slot 0: ..[chunk 0].... | slot 1: [chunk 1]...... | ... | tail            < window
+
+    kind: "continuous": the chunk moves as a whole; "sparse": its tokens are spread over the slot; "none": 0, 1, 2, ...
+    draw, draws: draw d of an example falls into its own share of every slot, so that together they cover it.
+    Strictly increasing, below the window. A pure function; seed: int or sequence of ints, without the draw.
+    """
+    N, used = len(chunk_lengths), prefix + sum(chunk_lengths) + tail
+    slack = window - used
+    if slack < 0:
+        raise BadInput(f"{N} chunks, question and answer need {used} positions, window is {window}: lower n_chunks or chunk_size")
+    if kind == "none":
+        return np.arange(used - tail), used - tail
+    if kind not in ("continuous", "sparse"):
+        raise BadInput(f"positions is {kind!r}, expected continuous, sparse, mix or none")
+    shared, own = np.random.default_rng(seed), np.random.default_rng([*np.atleast_1d(seed), draw])
+    spans, start = [np.arange(prefix)], prefix
+    for c, length in enumerate(chunk_lengths):
+        room = (c + 1) * slack // N - c * slack // N         # this slot's share of the slack
+        if kind == "continuous":
+            stratum = shared.permutation(draws)[draw]         # the same permutation for every draw of the example
+            offset = int((stratum + own.random()) / draws * (room + 1))
+            spans.append(start + offset + np.arange(length))
+        else:
+            spans.append(start + np.sort(own.choice(length + room, length, replace=False)))
+        start += length + room
+    positions = np.concatenate(spans)
+    return positions, int(positions[-1]) + 1
+
+
+def kind_of(cfg, seed, draw):
+    """"mix" draws sparse for sparse_share of the samples, else continuous (9 : 1 in the paper)."""
+    if cfg["positions"] != "mix":
+        return cfg["positions"]
+    return "sparse" if np.random.default_rng([*seed, draw, 1]).random() < cfg["sparse_share"] else "continuous"
+
+
+# ----------------------------------------------------------------------------------------- groups and batches
+
+class Batch(NamedTuple):
+    """A packed stream of groups, see model.py: what Llama.forward takes, in this order."""
+    tokens: torch.Tensor     # (T,) int64
+    positions: torch.Tensor  # (T,) int64
+    targets: torch.Tensor    # (T,) int64, IGNORE where nothing is scored
+    segments: list           # of (start, end, prefix_start, prefix_end)
+
+
+def encode_group(pair, tokenizer, cfg, draw=0, epoch=0):
+    """One prompt and its M + 1 answers as a Batch of one group; branch 0 is the chosen.
+
+        stream     [ prompt - last token | last token, chosen - its last | last token, rejected 1 - its last | ... ]
+        targets    [ IGNORE ...          | chosen                        | rejected 1                        | ... ]
+    """
+    prefix, suffix, stops = tokenizer.chat(cfg["prompt_head"], cfg["prompt_tail"].format(question=pair["question"]))
+    answers = [tokenizer.encode(text) + stops[:1] for text in [pair["chosen"], *pair["rejected"][:cfg["n_rejected"]]]]
+    seed = (cfg["seed"], pair["id"], epoch)
+    placed, after = synthesize_positions([len(c) for c in pair["chunks"]], len(prefix), len(suffix) + max(map(len, answers)),
+                                         cfg["window"], kind_of(cfg, seed, draw), draw, cfg["draws"], seed)
+    prompt = np.concatenate([prefix, *pair["chunks"], suffix]).astype(np.int64)
+    positions = np.concatenate([placed, after + np.arange(len(suffix))])
+    P, last, next_position = len(prompt) - 1, prompt[-1], positions[-1]
+    tokens, places, targets, segments = [prompt[:-1]], [positions[:-1]], [np.full(P, IGNORE)], [(0, P, 0, 0)]
+    for answer in answers:
+        start = segments[-1][1]
+        tokens.append([last, *answer[:-1]])
+        places.append(next_position + np.arange(len(answer)))
+        targets.append(answer)  # the shift: each branch token's target is the answer token after it
+        segments.append((start, start + len(answer), 0, P))
+    return Batch(*(torch.from_numpy(np.concatenate(x).astype(np.int64)) for x in (tokens, places, targets)), segments)
+
+
+def collate(groups):
+    """Groups one after another in one stream; only the segments move."""
+    offsets = np.cumsum([0] + [len(g.tokens) for g in groups]).tolist()
+    segments = [tuple(offset + bound for bound in segment) for g, offset in zip(groups, offsets) for segment in g.segments]
+    return Batch(*(torch.cat([g[i] for g in groups]) for i in range(3)), segments)
+
+
+def step_samples(n_pairs, cfg, step):
+    """The (pair index, draw, epoch) triples of a step: batch_size of them, from (seed, step) alone."""
+    n = n_pairs * cfg["draws"]
+    out, orders = [], {}
+    for i in range(step * cfg["batch_size"], (step + 1) * cfg["batch_size"]):
+        epoch, place = divmod(i, n)
+        if epoch not in orders:
+            orders[epoch] = np.random.default_rng([cfg["seed"], epoch]).permutation(n)
+        pair, draw = divmod(int(orders[epoch][place]), cfg["draws"])
+        out.append((pair, draw, epoch))
+    return out
+
+
+def exit_on_bad_input(kind, error, trace):
+    """sys.excepthook: bad input ends with one line and exit code 1, anything else with its traceback."""
+    if issubclass(kind, BadInput):
+        print(f"error: {error}", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+if __name__ == "__main__":
+    sys.excepthook = exit_on_bad_input
+    config = load_config(sys.argv[1:])
+    if config["threads"]:
+        torch.set_num_threads(config["threads"])
+    tok = load_tokenizer(config["model"], config["template"])
+    check_fit(config, tok)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    build_pairs(config, Llama.from_pretrained(config["model"], getattr(torch, config["dtype"])).to(device).eval(), tok)

@@ -1,0 +1,52 @@
+"""What a model answers: greedy, at ordinary contiguous positions, on questions that no pair used.
+
+    python eval.py qa MODEL_DIR configs/NAME.py key=value
+"""
+import sys
+import time
+
+import torch
+import torch.distributed as dist
+
+from configs import load_config
+from data import exit_on_bad_input, is_right, read_examples
+from model import BadInput, Llama
+from tokenizer import load_tokenizer
+
+
+def recall(model, tokenizer, cfg, size, rank=0, world=1):
+    """(right, asked): fresh questions over a context of `size` whose generated answer contains a reference answer.
+
+    With several processes each asks its share and all return the sum.
+    """
+    examples = read_examples(cfg, "recall", size)[rank::world]
+    prompts, stops = [], ()
+    for example in examples:
+        prefix, suffix, stops = tokenizer.chat(cfg["prompt_head"], cfg["prompt_tail"].format(question=example["question"]))
+        texts = [example["context"]] if isinstance(example["context"], str) else [p + "\n\n" for p in example["context"]]
+        prompts.append(prefix + [t for text in texts for t in tokenizer.encode(text)] + suffix)
+    right = 0
+    for i in range(0, len(prompts), cfg["recall_batch"]):
+        answers = model.generate(prompts[i:i + cfg["recall_batch"]], cfg["max_new_tokens"], stop_ids=stops)
+        right += sum(is_right(tokenizer.decode(answer), example["answers"]) for answer, example in zip(answers, examples[i:]))
+    counts = torch.tensor([right, len(examples)])
+    if world > 1:
+        counts = counts.to(model.lm_head.weight.device)
+        dist.all_reduce(counts)
+    return tuple(counts.tolist())
+
+
+if __name__ == "__main__":
+    sys.excepthook = exit_on_bad_input
+    if len(sys.argv) < 4 or sys.argv[1] != "qa":
+        sys.exit("usage: python eval.py qa MODEL_DIR configs/NAME.py key=value")
+    folder, cfg = sys.argv[2], load_config(sys.argv[3:])
+    if not cfg["recall_sizes"] or not cfg["recall_questions"]:
+        raise BadInput("recall_sizes and recall_questions are empty: nothing to ask")
+    torch.set_num_threads(cfg["threads"] or torch.get_num_threads())
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = Llama.from_pretrained(folder, getattr(torch, cfg["dtype"])).to(device).eval()
+    for size in cfg["recall_sizes"]:
+        start = time.time()
+        right, asked = recall(model, load_tokenizer(folder, cfg["template"]), cfg, size)
+        print(f"context {size:6d}  right {right:4d} of {asked:4d}  {right / asked:.3f}  {time.time() - start:.1f}s")
