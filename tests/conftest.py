@@ -15,7 +15,7 @@ def smollm2_folder():
     """SmolLM2-135M-Instruct as a Hugging Face folder; kept in $NANOLOGO_CACHE or tests/.cache (540 MB)."""
     folder = Path(os.environ.get("NANOLOGO_CACHE", Path(__file__).parent / ".cache"), "smollm2")
     if not folder.is_dir():
-        partial = folder.with_name(f"smollm2.{os.getpid()}")         # renamed when whole: a killed run leaves no half model
+        partial = folder.with_name(f"smollm2.{os.getpid()}")         # renamed when whole, so never half a model
         try:
             smollm2_from_pip.convert(partial)
         except (ImportError, ValueError) as error:

@@ -1,0 +1,107 @@
+"""A small world of short biographies, in a closed vocabulary of whole words.
+
+A person has one job and one city, told once: " Rosa paints in Naples."  A question asks for one or two people and
+the answer restates their facts, so that a greedy answer is right or wrong, and nothing has to judge it:
+
+    context   " The old bridge leans over the river. Rosa paints in Naples. Snow falls in Turin. Ida paints in Turin."
+    question  "Who is Rosa?"            answer  "Rosa paints in Naples."
+
+What makes it hard to answer without reading:
+- every example draws its people and their facts anew, so nothing about a name can be memorised;
+- a context has about half as many jobs and cities as people: jobs and cities are shared, so the city has to be bound to
+  the name, not to the job;
+- look-alikes: a person also longs for some other city, and weather happens in cities nobody asked about.
+
+There is one person in some fourteen tokens and never more than sixteen people: a long context is mostly filler,
+so that it measures reach (where is the fact?) and not capacity (how many facts?).
+"""
+
+import random
+
+NAMES = """Ada Agnes Aldo Alma Amos Anna Anton Astrid Axel Basil Bela Berta Boris Bruno Cara Carl Celia Chloe Clara Cora
+Cyril Dana Dario Delia Diego Dora Edgar Edith Elena Elias Elsa Emil Emma Enzo Erik Esther Eva Felix Flora Franz Frida
+Georg Greta Gustav Hanna Hans Hector Heidi Helga Henri Hilda Hugo Ida Igor Ines Irma Isaac Ivan Jakob Jana Jonas Josef
+Judith Julia Karl Katya Klaus Lara Laura Lena Leo Lina Linus Lola Louis Lucia Ludwig Luis Lydia Magda Marco Maria Marta
+Max Mila Mina Mona Moritz Nadia Nico Nina Nora Olga Olivia Omar Oscar Otto Pablo Paula Pedro Petra Philip Pia Rafael
+Ralph Rita Robert Rosa Rudolf Ruth Samuel Sara Selma Silvia Simon Sofia Stefan Tamara Thea Theo Tilda Tomas Ursula
+Vera Victor Viola Walter Wanda Yara Zelda""".split()
+JOBS = """bakes brews builds carves climbs cooks counts cycles dances draws farms fishes gardens hunts juggles knits
+lectures mines nurses paints plants plays prints rows sails sews sings skates sketches swims teaches trades travels
+tutors types weaves welds works wrestles writes""".split()
+CITIES = """Athens Austin Bergen Berlin Bern Bogota Boston Cairo Dakar Delhi Denver Dublin Geneva Genoa Hanoi Havana
+Kiev Kyoto Lagos Lima Lisbon London Lyon Madrid Malta Miami Milan Minsk Munich Nairobi Naples Oslo Oxford Paris Perth
+Porto Prague Quito Riga Rome Seoul Seville Sofia Tokyo Turin Venice Vienna Warsaw""".split()
+CITIES.remove("Sofia")                                  # a name here: a word has one meaning
+LONGINGS = "misses remembers avoids praises".split()
+SLOTS = {
+    "adjective": "old quiet narrow yellow empty broken distant silver wooden heavy pale tall".split(),
+    "thing": "bridge lamp tower garden clock window boat wall chair lantern orchard mill".split(),
+    "act": "leans waits shines rests creaks stands sinks turns".split(),
+    "where": "over under behind near beyond beside".split(),
+    "place": "river hill market valley harbour forest square meadow".split(),
+    "weather": "Snow Rain Fog Dust".split(),
+    "falls": "falls drifts gathers lingers".split(),
+    "time": "today again often slowly".split(),
+    "city": CITIES,
+}
+FILLERS = """The {thing} {act} {time}.
+The {adjective} {thing} {act} {time}.
+The {thing} {act} {where} the {place}.
+The {adjective} {thing} {act} {where} the {place}.
+{weather} {falls} in {city}.
+{weather} {falls} {where} the {place} {time}.
+The {thing} {where} the {place} is {adjective}.
+The road to {city} is {adjective}.""".splitlines()
+QUESTIONS = {1: ["What does {} do?", "Who is {}?"], 2: ["Who are {} and {}?"]}
+SHORTEST = 5                                            # tokens of the shortest filler and of a fact
+
+
+def examples(count, size, seed):
+    """Yield `count` examples whose context has `size` tokens, or at most four fewer; the same seed gives the same ones.
+
+    A token is a word with the space before it, or a mark; `answers` lists what may count as right (here: `answer`)."""
+    rng = random.Random(seed)
+    for _ in range(count):
+        context, facts = world(rng, size)
+        question, answer = ask(rng, facts, rng.choice([1, 1, 2]))
+        yield {"context": context, "question": question, "answers": [answer], "answer": answer}
+
+
+def world(rng, size):
+    """A context and its facts, {name: sentence}."""
+    names = rng.sample(NAMES, max(2, min(16, size // 14)))
+    jobs, cities = (rng.sample(words, len(names) // 2 + 1) for words in (JOBS, CITIES))
+    facts = {name: f"{name} {rng.choice(jobs)} in {rng.choice(cities)}." for name in names}
+    sentences = list(facts.values())
+    sentences += [f"{name} {rng.choice(LONGINGS)} {rng.choice(CITIES)}." for name in names if rng.random() < 0.2]
+    left = size - sum(map(length, sentences))
+    while left >= SHORTEST:
+        sentence = filler(rng)
+        if length(sentence) <= left:
+            sentences.append(sentence)
+            left -= length(sentence)
+    rng.shuffle(sentences)
+    return "".join(" " + sentence for sentence in sentences), facts
+
+
+def ask(rng, facts, people):
+    """A question about that many people, and its answer."""
+    names = rng.sample(sorted(facts), people)
+    return rng.choice(QUESTIONS[people]).format(*names), " ".join(facts[name] for name in names)
+
+
+def filler(rng):
+    """One sentence that says nothing about anybody."""
+    return rng.choice(FILLERS).format_map({slot: rng.choice(words) for slot, words in SLOTS.items()})
+
+
+def length(sentence):
+    return len(sentence.split()) + 1                    # its words and the full stop
+
+
+def words():
+    """Every word of the world, each once, in a fixed order."""
+    frames = " ".join(FILLERS + QUESTIONS[1] + QUESTIONS[2])
+    frames = " ".join(word.strip("?.") for word in frames.split() if "{" not in word)
+    lists = [NAMES, JOBS, CITIES, LONGINGS, *SLOTS.values(), frames.split(), ["in"]]
+    return list(dict.fromkeys(word for each in lists for word in each))

@@ -1,0 +1,289 @@
+"""data.py and configs: chunks, selection, pairs that survive a kill, positions, and the one place where targets are shifted."""
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import data
+from configs import load_config
+from model import IGNORE, BadInput, Llama
+from tokenizer import load_tokenizer
+
+ROOT = Path(__file__).parent.parent
+TINY = str(ROOT / "models" / "tiny")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer(TINY)
+
+
+def config(*args):
+    return load_config([str(ROOT / "configs" / "tiny.py"), f"model={TINY}", f"examples={TINY}/world.py", *args])
+
+
+# --------------------------------------------------------------------------------------------------- positions
+
+LENGTHS = [16] * 5 + [9]
+
+
+def place(kind, window=1000, draw=0, draws=4, seed=7, lengths=LENGTHS, prefix=3, tail=20):
+    return data.synthesize_positions(lengths, prefix, tail, window, kind, draw, draws, seed)
+
+
+@pytest.mark.parametrize("kind", ["continuous", "sparse", "none"])
+@pytest.mark.parametrize("window", [112, 113, 130, 1000, 65536])  # 112 is what the sample needs: no slack at all
+def test_positions_increase_and_stay_inside_the_window(kind, window):
+    for draw in range(4):
+        positions, after = place(kind, window, draw)
+        assert len(positions) == 3 + sum(LENGTHS) and positions[0] == 0
+        assert (np.diff(positions) >= 1).all()
+        assert after == positions[-1] + 1 and after + 20 <= window
+
+
+def test_continuous_chunks_move_as_a_whole_and_keep_to_their_slots():
+    positions, _ = place("continuous")
+    slack, start = 1000 - 3 - sum(LENGTHS) - 20, 3
+    assert (positions[:3] == [0, 1, 2]).all()
+    for c, length in enumerate(LENGTHS):
+        own = positions[start:start + length]
+        slot = start + c * slack // 6                # chunk c's slot begins after c sixths of the slack
+        assert (np.diff(own) == 1).all()
+        assert slot <= own[0] and own[-1] < start + length + (c + 1) * slack // 6
+        start += length
+
+
+def test_sparse_chunks_have_strides_and_none_has_no_gaps():
+    assert np.diff(place("sparse")[0]).max() > 1 and len(set(np.diff(place("sparse")[0][3:19]))) > 1
+    assert (place("none")[0] == np.arange(3 + sum(LENGTHS))).all()
+
+
+def test_the_draws_of_an_example_cover_every_slot():
+    """Four draws: each quarter of each slot's room gets exactly one offset."""
+    slack = 1000 - 3 - sum(LENGTHS) - 20
+    for c in range(6):
+        start = 3 + sum(LENGTHS[:c])
+        slot, room = start + c * slack // 6, (c + 1) * slack // 6 - c * slack // 6
+        quarters = [int(4 * (place("continuous", draw=d)[0][start] - slot) / (room + 1)) for d in range(4)]
+        assert sorted(quarters) == [0, 1, 2, 3]
+
+
+def test_positions_are_a_function_of_their_arguments():
+    for kind in ("continuous", "sparse"):
+        assert (place(kind)[0] == place(kind)[0]).all()
+        assert (place(kind)[0] != place(kind, seed=8)[0]).any() and (place(kind)[0] != place(kind, draw=1)[0]).any()
+
+
+def test_mix_is_sparse_for_its_share():
+    kinds = [data.kind_of({"positions": "mix", "sparse_share": 0.1}, (0, i, 0), 0) for i in range(2000)]
+    assert 0.08 < kinds.count("sparse") / 2000 < 0.12
+
+
+def test_a_sample_that_cannot_fit_says_what_to_lower():
+    with pytest.raises(BadInput, match="need 112 positions, window is 111: lower n_chunks or chunk_size"):
+        place("continuous", window=111)
+
+
+# ------------------------------------------------------------------------------------------- groups and batches
+
+PAIR = {"id": 3, "question": "Who is Rosa?", "chosen": " Rosa paints in Naples.", "chunks": [np.arange(60, 76), np.arange(80, 90)],
+        "rejected": [" Rosa sings.", " Rosa paints in Naples today again."]}
+
+
+def test_a_group_holds_the_prompt_once_and_predicts_every_answer_token(tokenizer):
+    group = data.encode_group(PAIR, tokenizer, config("window=512"))
+    prefix, suffix, stops = tokenizer.chat("", "\nQuestion: Who is Rosa?\nAnswer:")
+    prompt = [*prefix, *range(60, 76), *range(80, 90), *suffix]
+    answers = [tokenizer.encode(text) + stops[:1] for text in (PAIR["chosen"], *PAIR["rejected"])]
+    P = len(prompt) - 1
+    assert group.segments[0] == (0, P, 0, 0) and len(group.segments) == 4
+    assert group.tokens[:P].tolist() == prompt[:-1] and (group.targets[:P] == IGNORE).all()
+    for answer, (start, end, prefix_start, prefix_end) in zip(answers, group.segments[1:]):
+        full = prompt + answer                       # the naive row: token t predicts token t + 1
+        assert (prefix_start, prefix_end) == (0, P)
+        assert group.tokens[:P].tolist() + group.tokens[start:end].tolist() == full[:-1]
+        assert group.targets[start:end].tolist() == full[P + 1:] == answer
+        assert group.positions[start:end].tolist() == list(range(group.positions[start], group.positions[start] + len(answer)))
+        assert group.positions[start] == group.positions[P - 1] + 1
+
+
+def test_the_longest_answer_ends_inside_the_window(tokenizer):
+    cfg = config("window=64")
+    for draw in range(cfg["draws"]):
+        assert data.encode_group(PAIR, tokenizer, cfg, draw).positions.max() < 64
+
+
+def test_collating_moves_nothing_but_the_segments(tokenizer):
+    groups = [data.encode_group({**PAIR, "id": i}, tokenizer, config("window=512")) for i in range(3)]
+    batch, T = data.collate(groups), len(groups[0].tokens)
+    for i, group in enumerate(groups):
+        assert all((batch[j][i * T:(i + 1) * T] == group[j]).all() for j in range(3))
+    shifted = [tuple(bound + i * T for bound in segment) for i, group in enumerate(groups) for segment in group.segments]
+    assert batch.segments == shifted
+
+
+def test_every_sample_comes_once_an_epoch_whatever_the_batch():
+    cfg = config("batch_size=8", "draws=2")
+    seen = [s for step in range(5) for s in data.step_samples(20, cfg, step)]
+    assert len(set(seen)) == 40 and {s[2] for s in seen} == {0}
+    assert data.step_samples(20, cfg, 5) != data.step_samples(20, cfg, 0) and data.step_samples(20, cfg, 5)[0][2] == 1
+    assert seen == [s for step in range(10) for s in data.step_samples(20, config("batch_size=4", "draws=2"), step)]
+
+
+# ---------------------------------------------------------------------------------- chunks, scores, selection
+
+def test_chunks_are_the_documents_tokens(tokenizer):
+    text = " Rosa paints in Naples." * 20
+    chunks = data.chunk(text, tokenizer, 16)
+    assert [t for c in chunks for t in c] == tokenizer.encode(text) and {len(c) for c in chunks[:-1]} == {16}
+    assert len(data.chunk(["Rosa paints.", "Ida sings."], tokenizer, 16)) == 2  # passages keep their borders
+
+
+def test_the_evaluator_keeps_names_numbers_and_uncommon_words():
+    found = data.words_evaluator("When did the Beatles record 'Help!' in 1965, for $3.50? They were at Abbey Road.")
+    assert found == {"beatles", "record", "help", "1965", "3.50", "abbey", "road"}
+
+
+def select(scores, n_chunks=4, delta=6, max_critical=0, n_rejected=4, seed=0):
+    return data.select(scores, n_chunks, delta, max_critical, n_rejected, np.random.default_rng(seed))
+
+
+def test_each_prompt_sees_its_own_side_of_the_document():
+    scores = [0, 9, 1, 7, 0, 2, 8, 0, 3, 0, 1, 0]
+    for seed in range(20):
+        s, reason = select(scores, seed=seed)
+        assert reason is None and s.chosen == [1, 3, 6]
+        for j, picked in enumerate(s.rejected):
+            assert picked == sorted(set(picked)) and 1 <= len(picked) <= 4 and 1 not in picked  # never the best evidence
+            assert j % 2 or not {1, 3, 6} & set(picked)                                        # even: irrelevant only
+            assert j % 2 == 0 or 3 in picked                                                    # odd: the weakest critical one
+        assert set(s.chosen) <= set(s.training) and s.training == sorted(set(s.training)) and len(s.training) == 4
+
+
+def test_documents_with_one_side_only():
+    assert select([0, 0, 0])[1] == "no critical chunk"
+    assert select([9])[1] == "no irrelevant chunk"
+    assert select([0, 3, 1])[0].chosen == [1]                  # nothing above delta: the best chunk
+    assert select([9, 9, 9, 9, 9], n_chunks=2)[0].chosen == [0, 1]
+
+
+def test_right_folds_case_articles_and_punctuation():
+    assert data.is_right("It was the Gospel-of Luke!", ["gospel of luke"])
+    assert not data.is_right("Turing", ["Turin"]) and not data.is_right("", ["Turin"])
+
+
+# ------------------------------------------------------------------------------------------------------- pairs
+
+def build(path, *args):
+    cfg = config(f"pairs={path}", "n_examples=24", "build_batch=5", "temperature=0.7", *args)
+    data.build_pairs(cfg, Llama.from_pretrained(TINY), load_tokenizer(TINY))
+    return Path(path).read_bytes()
+
+
+def test_a_build_cut_at_any_byte_goes_on_to_the_same_file(tmp_path, capsys):
+    whole = build(tmp_path / "whole.jsonl")
+    rows = [json.loads(line) for line in whole.splitlines()][1:]
+    assert [row["id"] for row in rows] == list(range(24)) and sum("chosen" in row for row in rows) >= 8
+    for cut in np.random.default_rng(0).integers(0, len(whole), 6):
+        path = tmp_path / f"cut{cut}.jsonl"
+        path.write_bytes(whole[:cut])
+        assert build(path) == whole
+    assert build(tmp_path / "whole.jsonl") == whole              # nothing left to do
+    assert "pairs of 24 examples" in capsys.readouterr().out
+    with pytest.raises(BadInput, match="was built with delta=2, now it is 3"):
+        build(tmp_path / "whole.jsonl", "delta=3")
+    for pair in data.load_pairs(tmp_path / "whole.jsonl", 2):
+        answers = [data.normalize(a) for a in (pair["chosen"], *pair["rejected"])]
+        assert len(set(answers)) == 3 and all(answers)
+        assert data.is_right(pair["chosen"], pair["answers"]) and not any(data.is_right(a, pair["answers"]) for a in pair["rejected"])
+
+
+@pytest.mark.parametrize("rejected, reason", [
+    ([" b", ""], "rejected empty"), ([" b", " B."], "rejected equals another answer"), ([" a.", " b"], "rejected equals another answer"),
+    ([" b", None], "rejected unfinished"), ([" b", " Turin"], "rejected right"), ([" b", "", " c"], None)])
+def test_degenerate_rejected_answers_are_refused(rejected, reason):
+    row = {"chosen": " a", "answers": ["Turin"]}
+    kept, fault = data.keep_rejected(row, rejected, {"n_rejected": 2, "require_correct": True})
+    assert fault == reason and (fault or kept == [" b", " c"])
+
+
+@pytest.mark.parametrize("chosen, reason", [(None, "chosen unfinished"), (" ", "chosen empty"), (" Rome", "chosen wrong"), (" Turin", None)])
+def test_degenerate_chosen_answers_are_refused(chosen, reason):
+    assert data.fault_of_chosen({"chosen": chosen, "answers": ["Turin"]}, True) == reason
+
+
+# --------------------------------------------------------------------------------------------------- bad input
+
+@pytest.mark.parametrize("line, message", [
+    ('{"question": "who"', "line 2: not JSON"),
+    ('["who"]', "line 2: expected a JSON object"),
+    ('{"question": " ", "context": "c", "answers": ["a"]}', "line 2: 'question' is ' '"),
+    ('{"question": "who", "answers": ["a"]}', "line 2: 'context' is None"),
+    ('{"question": "who", "context": "c", "answers": [""]}', "line 2: 'answers' is"),
+])
+def test_a_bad_line_is_named_by_its_number(tmp_path, line, message):
+    path = tmp_path / "examples.jsonl"
+    path.write_text('{"question": "who", "context": "Rosa", "answers": ["a"]}\n' + line + "\n")
+    with pytest.raises(BadInput, match=re.escape(f"{path}, {message}")) as error:
+        data.read_examples(config(f"examples={path}"), "train")
+    assert "\n" not in str(error.value)
+
+
+def test_recall_questions_are_never_training_questions(tmp_path):
+    path = tmp_path / "passages.jsonl"
+    path.write_text("".join(json.dumps({"question": f"q{i}", "answers": [f"a{i}"], "title": "t", "text": f"text a{i}"}) + "\n" for i in range(30)))
+    cfg = config(f"examples={path}", "n_examples=20", "recall_questions=10", "context_size=4")
+    train, fresh = data.read_examples(cfg, "train"), data.read_examples(cfg, "recall")
+    assert len({e["question"] for e in train + fresh}) == 30
+    for e in train + fresh:
+        assert len(e["context"]) == len(set(e["context"])) == 4
+        assert sum(e["answers"][0] in passage.split() for passage in e["context"]) == 1
+    with pytest.raises(BadInput, match="30 examples, expected 20 for pairs"):
+        data.read_examples({**cfg, "recall_questions": 11}, "recall")
+
+
+def test_chunks_that_cannot_fit_the_window_are_refused(tokenizer):
+    with pytest.raises(BadInput, match="leave .* of window=100 .*lower n_chunks or chunk_size"):
+        data.check_fit(config("window=100"), tokenizer)
+
+
+@pytest.mark.parametrize("change, message", [({"rejected": [" b"]}, "1 rejected answers, expected 2"), ({"chosen": ""}, "'chosen' is ''")])
+def test_pairs_that_the_loss_cannot_use_are_refused(tmp_path, change, message):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(json.dumps({"id": 0, "question": "q", "chunks": [[1]], "chosen": " a", "rejected": [" b", " c"], **change}) + "\n")
+    with pytest.raises(BadInput, match=f"line 1: {message}"):
+        data.load_pairs(path, 2)
+
+
+# ----------------------------------------------------------------------------------------------------- configs
+
+@pytest.mark.parametrize("args, message", [
+    (["gama=2"], "unknown key 'gama', did you mean 'gamma'?"), (["steps=many"], "steps is 'many', expected int like"),
+    (["steps=1.5"], "steps is 1.5, expected int"), (["lr=-1"], "lr is -1"), (["steps"], "expected key=value, found 'steps'")])
+def test_a_bad_key_or_value_is_refused(args, message):
+    with pytest.raises(BadInput, match=re.escape(message)):
+        config(*args)
+
+
+def test_the_command_line_wins_and_takes_the_default_type():
+    cfg = config("lr=1", "recall_sizes=[5]", "checkpointing=True")
+    assert cfg["lr"] == 1.0 and type(cfg["lr"]) is float and cfg["recall_sizes"] == [5] and cfg["checkpointing"] is True
+    assert load_config([])["name"] == "tiny"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda p: p.stem)
+def test_every_config_loads(path):
+    if path.stem != "__init__":
+        cfg = load_config([str(path)])
+        assert cfg["name"] == path.stem and cfg["n_chunks"] * cfg["chunk_size"] + cfg["max_new_tokens"] < cfg["window"]
+
+
+def test_every_key_is_read_somewhere_and_explained_once():
+    source = "".join(path.read_text() for path in ROOT.glob("*.py"))
+    lines = (ROOT / "configs" / "default.py").read_text().splitlines()
+    for key in load_config([]).keys() - {"name"}:
+        assert f'cfg["{key}"]' in source, f"{key} is never read"
+        assert sum(bool(re.match(rf"    {key}=.*#", line)) for line in lines) == 1, f"{key} has no comment of its own"
