@@ -121,11 +121,11 @@ def read_rope(raw, path):
 def read_json(path):
     try:
         with open(path, encoding="utf-8") as f:
-            return json.load(f)
+            return dict(json.load(f))
     except OSError as e:
         raise BadInput(f"{path}: cannot be read ({e.strerror})") from e
-    except ValueError as e:
-        raise BadInput(f"{path}: not JSON ({e})") from e
+    except (ValueError, TypeError) as e:  # no JSON, no UTF-8, or no object
+        raise BadInput(f"{path}: expected a JSON object, found {e}") from e
 
 
 # ---------------------------------------------------------------------------------------------------- rotary

@@ -17,7 +17,7 @@ from pathlib import Path
 import regex                                          # comes with tiktoken; re lacks \p{L}
 import tiktoken
 
-from model import BadInput
+from model import BadInput, read_json
 
 GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 LLAMA3_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -45,13 +45,6 @@ TEMPLATES = {
 CONTROL = re.compile(r"(<\|\w+\|>|<bos>|<eos>)")
 
 
-def read_json(path):
-    try:
-        return dict(json.loads(path.read_text("utf-8")))
-    except (ValueError, TypeError) as error:          # also what is not UTF-8, and a list
-        raise BadInput(f"{path}: expected a JSON object, found {error}") from None
-
-
 def byte_alphabet():
     """The printable character for each byte in tokenizer.json, GPT-2's invention: {"A": 65, "Ġ": 32, ...}."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -77,7 +70,11 @@ def split_patterns(pre, path):
 
 
 def read_byte_level(path):
-    """tokenizer.json of Hugging Face. tiktoken merges by id, so: rank by merge order, then map ranks to ids."""
+    """tokenizer.json of Hugging Face. tiktoken merges by id, so: rank by merge order, then map ranks to ids.
+
+    tiktoken merges any two neighbours that make a word, Hugging Face only the listed pairs: the same for merges that
+    training made, not for every list written by hand.
+    """
     spec = read_json(path)
     model = spec.get("model") or {}
     unusual = ("byte_fallback", "continuing_subword_prefix", "end_of_word_suffix")
@@ -85,7 +82,7 @@ def read_byte_level(path):
     if model.get("type") != "BPE" or odd or spec.get("normalizer"):
         raise BadInput(f"{path}: expected byte-level BPE without normalizer, found {model.get('type')} {odd}, "
                          f"normalizer {spec.get('normalizer')}")
-    special = {token["content"]: token["id"] for token in spec.get("added_tokens", [])}
+    special = {token["content"]: token["id"] for token in spec.get("added_tokens", [])}     # also "special": false
     alphabet = byte_alphabet()
     try:
         vocab = {bytes(alphabet[c] for c in word): i for word, i in model["vocab"].items() if word not in special}
@@ -96,7 +93,8 @@ def read_byte_level(path):
     ranks = {word: rank for rank, word in enumerate(dict.fromkeys([bytes([b]) for b in range(256)] + merges))}
     ids = [vocab.get(word) for word in ranks]         # None: a byte without a token; it vanishes, as in Hugging Face
     # A word that no merge makes is taken whole or not at all; in tiktoken's table, smaller words would merge into it.
-    whole = {w.decode("utf-8", "surrogateescape"): i for w, i in vocab.items() if model.get("ignore_merges") and w not in ranks}
+    whole = {word for word in vocab if model.get("ignore_merges") and word not in ranks}
+    whole = {word.decode("utf-8", "surrogateescape"): vocab[word] for word in whole}      # half a character never matches
     *stages, last = split_patterns(spec.get("pre_tokenizer"), path) + ([r"[\s\S]+"] if whole else [])
     bpe = tiktoken.Encoding("byte-level", pat_str=last, mergeable_ranks=ranks, special_tokens={})
 
@@ -208,7 +206,7 @@ class Tokenizer:
         t = TEMPLATES[self.template]
         system = t.default_system if system is None else system
         prefix = self._ids((t.begin, ""), (t.system if system else "", system), (t.user, user_head))
-        stops = [*dict.fromkeys(self._ids((t.stops, "")))]
+        stops = list(dict.fromkeys(self._ids((t.stops, ""))))
         if not stops:
             raise BadInput(f"template {self.template} ends answers with {t.stops}: found no such token in this folder")
         return prefix, self._ids((t.tail, user_tail)), stops

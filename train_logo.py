@@ -52,6 +52,7 @@ policy = Llama.from_pretrained(cfg["model"], dtype).to(device).eval()  # answers
 # Rank 0 may write pairs for hours while the others wait. A lone process needs no rendezvous.
 alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
 dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=24), **alone)
+sys.excepthook = exit_on_bad_input  # init_process_group has put its own in front
 folder, clock = run_folder(cfg), {"start": time.time()}
 say = print if rank == 0 else lambda *args, **kwargs: None
 if rank == 0:

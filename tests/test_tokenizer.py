@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tokenizer_part import byte_alphabet, load_tokenizer
+from tokenizer import byte_alphabet, load_tokenizer
 
 ALPHABETS = {
     "ascii": [chr(c) for c in range(32, 127)],
@@ -229,6 +229,8 @@ def test_priority_is_merge_order_not_id(tmp_path):
      {"type": "Split", "pattern": {"String": "."}, "behavior": "Isolated", "invert": False}],
     [{"type": "Split", "pattern": {"Regex": "\\s?\\p{L}+"}, "behavior": "Isolated", "invert": False},
      {"type": "Digits", "individual_digits": True}],
+    [{"type": "Split", "pattern": {"Regex": "\\s?\\p{L}+"}, "behavior": "Isolated", "invert": False},       # ". a": order counts
+     {"type": "Split", "pattern": {"Regex": "\\.\\s"}, "behavior": "Isolated", "invert": False}],
 ])
 @pytest.mark.parametrize("use_regex", [True, False])
 def test_split_patterns_equal_tokenizers(tmp_path, parts, use_regex):

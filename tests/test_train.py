@@ -88,7 +88,7 @@ def corrupt(folder, name, content):
 @pytest.mark.parametrize("case, message", [
     (lambda d: "gama=2", "unknown key 'gama', did you mean 'gamma'?"),
     (lambda d: f"model={d}/nowhere", "nowhere"),
-    (lambda d: corrupt(d, "config.json", b"{"), "config.json: not JSON"),
+    (lambda d: corrupt(d, "config.json", b"{"), "config.json: expected a JSON object, found"),
     (lambda d: corrupt(d, "model.safetensors", b"nothing"), "model.safetensors: not a readable safetensors file"),
     (lambda d: f"examples={d}/none.jsonl", "none.jsonl: no such file"),
     (lambda d: "window=100", "lower n_chunks or chunk_size"),
