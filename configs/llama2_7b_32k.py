@@ -1,0 +1,17 @@
+"""Context scaling of Llama-2-7B-Chat from 4K to 32K, 8 times its window (paper: LongBench 27.6 -> 30.1).
+
+    torchrun --standalone --nproc_per_node=8 train_logo.py configs/llama2_7b_32k.py examples=FILE
+
+6 chunks instead of 16, so that the policy, which writes the answers itself, is asked inside its own 4,096 positions.
+Needs sentencepiece. Not run with this code yet.
+"""
+config = dict(
+    model="models/Llama-2-7b-chat-hf",
+    template="llama2",
+    n_chunks=6,
+    window=32768,
+    beta=3.0,
+    gamma=0.6,
+    examples="data/examples.jsonl", n_examples=6000, draws=2,  # 12,000 samples, as in the paper
+    dtype="bfloat16",
+)

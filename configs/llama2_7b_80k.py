@@ -1,0 +1,15 @@
+"""Long-context alignment of Llama-2-7B-80K inside its own window (paper: LongBench 29.0 -> 36.1).
+
+    torchrun --standalone --nproc_per_node=8 train_logo.py configs/llama2_7b_80k.py examples=FILE
+
+Needs sentencepiece. Not run with this code yet.
+"""
+config = dict(
+    model="models/Llama-2-7B-Instruct-80K",
+    template="llama2",
+    window=81920,
+    beta=3.0,
+    gamma=0.6,
+    examples="data/examples.jsonl", n_examples=6000, draws=2,  # 12,000 samples, as in the paper
+    dtype="bfloat16",
+)
