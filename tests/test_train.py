@@ -1,5 +1,6 @@
 """Whole runs of train_logo.py on the tiny model: repeatable, independent of the number of processes, usable elsewhere."""
 import json
+import math
 import os
 import subprocess
 import sys
@@ -7,6 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+
+import data
+from model import Llama
+from tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["n_examples=40", "steps=4", "batch_size=8", "micro_batch=4", "held_out=4", "eval_interval=2", "recall_sizes=[108]",
@@ -54,6 +59,8 @@ def test_losses_do_not_depend_on_processes_or_accumulation(run, args, processes)
     one, other = losses(run()), losses(run(*args, processes=processes))
     assert len(one) == len(other) == 6 and len(set(one)) == 6
     assert one == pytest.approx(other, abs=2e-4)
+    norms = [[m["grad_norm"] for m in metrics(folder)] for folder in (run(), run(*args, processes=processes))]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-3)  # AdamW after clipping would hide a wrong scale
 
 
 def test_training_lowers_the_loss_and_the_result_says_so(run):
@@ -66,7 +73,6 @@ def test_training_lowers_the_loss_and_the_result_says_so(run):
 
 def test_the_export_opens_in_transformers(run):
     transformers = pytest.importorskip("transformers")
-    from model import Llama
     folder = run() / "hf"
     theirs, ours = transformers.AutoModelForCausalLM.from_pretrained(folder), Llama.from_pretrained(folder)
     tokens = torch.randint(0, 500, (2, 40), generator=torch.Generator().manual_seed(0))
@@ -75,6 +81,32 @@ def test_the_export_opens_in_transformers(run):
     assert theirs.config.max_position_embeddings == 1024
     base = Llama.from_pretrained(ROOT / "models" / "tiny")
     assert not torch.equal(base.lm_head.weight, ours.lm_head.weight)
+
+
+def test_the_first_loss_is_the_papers_formula_on_transformers_logits(run):
+    """Held-out loss before any step, from full rows, transformers' logits, and Eq. 2 and 3 written out in float64."""
+    transformers = pytest.importorskip("transformers")
+    result = json.loads((run() / "result.json").read_text())
+    cfg = result["config"]
+    model = transformers.AutoModelForCausalLM.from_pretrained(ROOT / cfg["model"], dtype=torch.float64)
+    tokenizer, total = load_tokenizer(ROOT / cfg["model"]), 0.0
+    pairs = data.load_pairs(cfg["pairs"], 2)[-cfg["held_out"]:]
+    for pair in pairs:
+        prompt = tokenizer.encode(f"\nQuestion: {pair['question']}\nAnswer:")
+        prompt = [tokenizer.bos_id, *(int(t) for chunk in pair["chunks"] for t in chunk), *prompt]
+        placed = data.encode_group(pair, tokenizer, cfg).positions[:len(prompt) - 1].tolist()
+        rewards = []
+        for text in (pair["chosen"], *pair["rejected"]):
+            answer = [*tokenizer.encode(text), tokenizer.eos_id]
+            positions = torch.tensor([placed + [placed[-1] + 1 + i for i in range(len(answer) + 1)]])
+            causal = torch.full((1, 1, len(prompt + answer), len(prompt + answer)), float("-inf"), dtype=torch.float64).triu(1)
+            with torch.no_grad():  # an explicit mask: transformers takes gaps for packed sequences
+                logits = model(torch.tensor([prompt + answer]), position_ids=positions, attention_mask=causal).logits[0]
+            logps = logits.log_softmax(-1)[len(prompt) - 1:-1].gather(1, torch.tensor(answer)[:, None])
+            rewards.append(float(logps.mean()))
+        z = cfg["beta"] * (rewards[0] - sum(rewards[1:]) / 2) - cfg["gamma"]
+        total += math.log1p(math.exp(-z)) - cfg["sft_weight"] * rewards[0]
+    assert result["before"]["held_out"]["loss"] == pytest.approx(total / len(pairs), rel=1e-5)
 
 
 def corrupt(folder, name, content):
