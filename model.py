@@ -96,6 +96,7 @@ class LlamaConfig:
         names = [key for key in self.__dataclass_fields__ if key not in ("rope", "raw")]
         raw = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu", **self.raw,
                **{key: getattr(self, key) for key in names}}
+        raw.pop("torch_dtype", None)  # the older name of dtype: two that disagree would mislead a reader
         if "rope_parameters" in raw:  # the dialect of transformers 5
             return {**raw, "rope_parameters": self.rope}
         scaling = {key: value for key, value in self.rope.items() if key != "rope_theta"}
@@ -142,14 +143,15 @@ def rope_frequencies(config, span):
     if kind == "dynamic":  # stretch the base once the text outgrows the original window
         window = config.max_position_embeddings
         stretch = (factor * span.float() / window).clamp(min=factor) - (factor - 1)
-        return (theta * stretch ** (dim / (dim - 2))) ** -exponent, 1.0
+        stretch = (stretch.double() ** (dim / (dim - 2))).float()  # vectorised fp32 pow rounds by its lane
+        return 1.0 / (theta * stretch) ** exponent, 1.0
     frequencies = 1.0 / theta ** exponent
     if kind == "linear":
         return frequencies / factor, 1.0
     if kind == "llama3":  # long wavelengths are interpolated, short ones kept, those between blended
         window, low, high = rope["original_max_position_embeddings"], rope["low_freq_factor"], rope["high_freq_factor"]
         keep = ((window * frequencies / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
-        return frequencies * (keep + (1 - keep) / factor), 1.0
+        return (1 - keep) * frequencies / factor + keep * frequencies, 1.0
     if kind == "yarn":
         return yarn_frequencies(config, frequencies)
     return frequencies, 1.0
@@ -169,7 +171,7 @@ def yarn_frequencies(config, frequencies):
     low, high = max(low, 0), min(high, dim - 1)
     steps = torch.arange(dim // 2, dtype=torch.float32, device=frequencies.device)
     interpolated = ((steps - low) / max(high - low, 0.001)).clamp(0, 1)
-    frequencies = frequencies * (1 - interpolated + interpolated / rope["factor"])
+    frequencies = frequencies / rope["factor"] * interpolated + frequencies * (1 - interpolated)
 
     def temperature(scale):
         return 0.1 * scale * math.log(rope["factor"]) + 1.0 if rope["factor"] > 1 else 1.0
@@ -203,7 +205,8 @@ def rotate(x, cos, sin):
 class SegmentAttention:
     """Attention over a stream's segments: (T, H, D), (T, K, D), (T, K, D) -> (T, H, D). One layout, all layers.
 
-    segments: list of (start, end, prefix_start, prefix_end), covering the stream in order.
+    segments: list of (start, end, prefix_start, prefix_end), covering the stream in order. A segment without prefix
+    opens a group; one with a prefix is an answer in it.
     """
 
     def __init__(self, segments, device):
@@ -217,7 +220,8 @@ class SegmentAttention:
                             for n in (queries, keys)] + [max(queries), max(keys)]
 
     def __call__(self, q, k, v):
-        if q.is_cuda and flash_attn_varlen_func is not None:  # one call for the whole stream; causal is bottom-right
+        # one call for the whole stream; causal is bottom-right; flash-attn takes 16-bit floats only
+        if q.is_cuda and flash_attn_varlen_func is not None and q.dtype in (torch.bfloat16, torch.float16):
             return flash_attn_varlen_func(q, k[self.key_index], v[self.key_index], *self.lengths, causal=True)
         out = []
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # (1, heads, T, D)
@@ -297,7 +301,7 @@ class Llama(nn.Module):
             block.checkpointing = on
 
     def trunk(self, tokens, positions, span, attend):
-        """Last hidden state (T, C) of a stream. attend: one callable for all layers, or one a layer."""
+        """Last hidden state (T, C) of a stream. attend: one callable for all layers, or a list with one a layer."""
         x = self.model.embed_tokens(tokens)
         cos, sin = rotary_tables(self.config, positions, span, x.dtype)
         for i, block in enumerate(self.model.layers):
@@ -311,8 +315,7 @@ class Llama(nn.Module):
         segments: see SegmentAttention. A segment with a prefix is one answer; the answers keep their order.
         """
         answers = [s for s in segments if s[3] > s[2]]
-        span = group_spans(positions, segments) if self.config.rope["rope_type"] == "dynamic" else positions[:1]
-        x = self.trunk(tokens, positions, span, SegmentAttention(segments, tokens.device))
+        x = self.trunk(tokens, positions, group_spans(positions, segments), SegmentAttention(segments, tokens.device))
         answer_of = torch.full_like(tokens, -1)
         for i, (start, end, _, _) in enumerate(answers):
             answer_of[start:end] = i
@@ -324,17 +327,18 @@ class Llama(nn.Module):
         return zeros.index_add(0, owner, logps), torch.bincount(owner, minlength=len(answers))
 
     def token_logps(self, x, targets):
-        """log pi(target) of each row, in fp32; checkpointed, so that backward does not keep the logits."""
-        logits = F.linear(x, self.lm_head.weight).float()
-        return -F.cross_entropy(logits.double() if x.dtype == torch.float64 else logits, targets, reduction="none")
+        """log pi(target) of each row, in fp32 or better; checkpointed, so that backward does not keep the logits."""
+        logits = F.linear(x, self.lm_head.weight)
+        return -F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets, reduction="none")
 
     def logits(self, tokens, positions=None):
         """Logits (N, T, V) of N full rows (N, T); positions (T,) or (N, T), 0..T-1 where None."""
         N, T = tokens.shape
         positions = torch.arange(T, device=tokens.device) if positions is None else positions
         positions = positions.expand(N, T).reshape(-1)
-        rows = SegmentAttention([(i * T, i * T + T, 0, 0) for i in range(N)], tokens.device)
-        x = self.trunk(tokens.reshape(-1), positions, positions.max()[None] + 1, rows)
+        segments = [(i * T, i * T + T, 0, 0) for i in range(N)]
+        x = self.trunk(tokens.reshape(-1), positions, group_spans(positions, segments),
+                       SegmentAttention(segments, tokens.device))
         return self.lm_head(x).view(N, T, -1)
 
     # ------------------------------------------------------------------------------------------- generation
@@ -352,7 +356,7 @@ class Llama(nn.Module):
         cache = KVCache(self.config, [len(p) for p in prompts], max_new_tokens)
         tokens = torch.tensor([t for p in prompts for t in p], device=device)
         positions = torch.cat([torch.arange(len(p), device=device) for p in prompts])
-        x = self.trunk(tokens, positions, positions.max()[None] + 1, cache.prefill(device))
+        x = self.trunk(tokens, positions, group_spans(positions, cache.segments), cache.prefill(device))
         x = x[torch.tensor(cache.starts[1:], device=device) - 1]  # the last token of each prompt
         out, alive = [[] for _ in prompts], set(range(len(prompts)))
         for step in range(max_new_tokens):
@@ -365,7 +369,7 @@ class Llama(nn.Module):
             if not alive or step == max_new_tokens - 1:
                 return out
             positions = cache.lengths.to(device) + step
-            x = self.trunk(tokens, positions, positions.max()[None] + 1, cache.decode(device, step))
+            x = self.trunk(tokens, positions, positions[:, None] + 1, cache.decode(device, step))
         return out
 
     # ------------------------------------------------------------------------------------- safetensors files
@@ -432,16 +436,16 @@ class KVCache:
     def __init__(self, config, lengths, max_new_tokens):
         self.lengths = torch.tensor(lengths)
         self.starts = [0, *self.lengths.cumsum(0).tolist()]
+        self.segments = [(a, b, 0, 0) for a, b in zip(self.starts, self.starts[1:])]
         self.size = max(lengths) + max_new_tokens
         self.layers = [None] * config.num_hidden_layers
 
     def prefill(self, device):
-        rows = list(zip(self.starts, self.starts[1:]))
-        attention = SegmentAttention([(a, b, 0, 0) for a, b in rows], device)
+        attention = SegmentAttention(self.segments, device)
 
         def attend(layer, q, k, v):
-            self.layers[layer] = cached = k.new_zeros(2, len(rows), self.size, *k.shape[1:])  # (2, N, S, K, D)
-            for i, (a, b) in enumerate(rows):
+            self.layers[layer] = cached = k.new_zeros(2, len(self.segments), self.size, *k.shape[1:])  # (2, N, S, K, D)
+            for i, (a, b, _, _) in enumerate(self.segments):
                 cached[0, i, :b - a], cached[1, i, :b - a] = k[a:b], v[a:b]
             return attention(q, k, v)
 

@@ -1,0 +1,689 @@
+"""model.py against transformers, against other layouts of itself, and against bad folders.
+
+The models here are tiny and their weights large: logits of order 1, attention that is far from uniform, norms
+and biases that are not at their initial values. So whatever is left out, a position or a bias, is seen.
+"""
+import json
+import math
+import os
+import random
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn as nn
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, MistralForCausalLM
+from transformers import LlamaConfig as HFLlamaConfig
+from transformers import MistralConfig as HFMistralConfig
+
+import model as model_file
+from loss import logo_loss
+from model import IGNORE, BadInput, Llama, LlamaConfig, SegmentAttention, rotary_tables, sample
+
+WINDOW = 64  # max_position_embeddings of the tiny models: dynamic RoPE starts to stretch here
+ROPES = {
+    "default": {},
+    "linear": {"factor": 4.0},
+    "dynamic": {"factor": 4.0},
+    "yarn": {"factor": 8.0, "original_max_position_embeddings": 256},
+    "llama3": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64},
+}
+ROPES = {kind: {"rope_type": kind, "rope_theta": 10000.0, **more} for kind, more in ROPES.items()}
+YARN = ROPES["yarn"]
+
+
+def hf_model(rope="default", classes=(HFLlamaConfig, LlamaForCausalLM), seed=0, **changes):
+    """A tiny random transformers model. rope: a key of ROPES, or a dict."""
+    torch.manual_seed(seed)
+    settings = dict(vocab_size=89, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+                    num_key_value_heads=2, max_position_embeddings=WINDOW, rms_norm_eps=1e-2, initializer_range=0.2,
+                    bos_token_id=0, eos_token_id=1,
+                    rope_parameters=dict(rope if isinstance(rope, dict) else ROPES[rope]))
+    hf = classes[1](classes[0](**{**settings, **changes})).eval()
+    with torch.no_grad():
+        for name, p in hf.named_parameters():
+            if p.ndim == 1:  # norms start at one and biases at zero
+                p.add_(0.3 * torch.randn_like(p))
+    return hf
+
+
+def hf_logits(hf, tokens, positions):
+    """transformers' logits (N, T, V). The explicit mask keeps it from taking gaps for packed sequences."""
+    T = tokens.shape[1]
+    mask = torch.ones(T, T, dtype=torch.bool).tril()[None, None]
+    return hf(input_ids=tokens, position_ids=positions, attention_mask=mask, use_cache=False).logits
+
+
+def reopen(hf, folder, **how):
+    hf.save_pretrained(folder, **how)
+    return Llama.from_pretrained(folder)
+
+
+def rows(N, T, seed=0):
+    return torch.randint(2, 89, (N, T), generator=torch.Generator().manual_seed(seed))
+
+
+def gaps(N, T, window, seed=0):
+    """Positions (N, T): strictly increasing, with gaps, the last one at window - 1."""
+    rng = random.Random(seed)
+    return torch.tensor([sorted(rng.sample(range(window - 1), T - 1)) + [window - 1] for _ in range(N)])
+
+
+def assert_same_logits(ours, hf, T=72, tolerance=2e-5):
+    """On contiguous positions past the window, then on gaps up to 60,000."""
+    tokens = rows(2, T)
+    contiguous, spread = torch.arange(T).expand(2, T), gaps(2, T, 60_000)
+    with torch.no_grad():
+        plain = ours.logits(tokens)
+        assert 0.5 < plain.std() < 5
+        assert (plain - hf_logits(hf, tokens, contiguous)).abs().max() < tolerance
+        gapped = ours.logits(tokens, spread)
+        assert (gapped - hf_logits(hf, tokens, spread)).abs().max() < tolerance
+        assert (gapped - plain).abs().max() > 0.1  # the positions did count
+
+
+def edit_json(path, **changes):
+    """Rewrite a JSON file; a value of None removes the key."""
+    with open(path, encoding="utf-8") as f:
+        value = {**json.load(f), **changes}
+    with open(path, "w", encoding="utf-8") as f:
+        json.dump({k: v for k, v in value.items() if v is not None}, f)
+
+
+# ------------------------------------------------------------------------------------------ logits, config.json
+
+@pytest.mark.parametrize("kv_heads", [2, 4])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("rope", ROPES)
+def test_logits_equal_transformers(tmp_path, rope, tied, kv_heads):
+    hf = hf_model(rope, tie_word_embeddings=tied, num_key_value_heads=kv_heads)
+    assert_same_logits(reopen(hf, tmp_path), hf)
+
+
+@pytest.mark.parametrize("name, rope, changes", [
+    ("head_dim", "default", {"head_dim": 24}),
+    ("biases", "default", {"attention_bias": True, "mlp_bias": True}),
+    ("theta", {"rope_type": "default", "rope_theta": 500000.0}, {}),
+    ("yarn attention_factor", {**YARN, "attention_factor": 1.7}, {}),
+    ("yarn mscale", {**YARN, "mscale": 1.5, "mscale_all_dim": 0.5}, {}),
+    ("yarn ramp", {**YARN, "beta_fast": 16.0, "beta_slow": 2.0, "truncate": False}, {}),
+], ids=lambda x: x if isinstance(x, str) else "")
+def test_rarer_config_fields_equal_transformers(tmp_path, name, rope, changes):
+    hf = hf_model(rope, **changes)
+    assert_same_logits(reopen(hf, tmp_path), hf)
+
+
+def test_mistral_equals_transformers(tmp_path):
+    hf = hf_model(classes=(HFMistralConfig, MistralForCausalLM), sliding_window=None)
+    assert_same_logits(reopen(hf, tmp_path), hf)
+
+
+@pytest.mark.parametrize("spelling", ["rope_type", "type"])
+@pytest.mark.parametrize("rope", ROPES)
+def test_older_config_dialect_means_the_same(tmp_path, rope, spelling):
+    hf = hf_model(rope)
+    hf.save_pretrained(tmp_path)
+    scaling = {spelling if k == "rope_type" else k: v for k, v in ROPES[rope].items() if k != "rope_theta"}
+    edit_json(tmp_path / "config.json", rope_parameters=None, rope_theta=10000.0,
+              rope_scaling=None if rope == "default" else scaling)
+    ours = Llama.from_pretrained(tmp_path)
+    assert_same_logits(ours, hf)
+    ours.save_pretrained(tmp_path / "again")  # and it is written in the dialect it came in
+    assert "rope_parameters" not in json.load(open(tmp_path / "again" / "config.json"))
+    assert_same_logits(ours, LlamaForCausalLM.from_pretrained(tmp_path / "again"))
+
+
+def test_sharded_folder_equals_single_file(tmp_path):
+    hf = hf_model()
+    hf.save_pretrained(tmp_path, max_shard_size="40KB")
+    assert len([n for n in os.listdir(tmp_path) if n.endswith(".safetensors")]) > 2
+    assert_same_logits(Llama.from_pretrained(tmp_path), hf)
+
+
+def test_dtype_is_the_callers_choice(tmp_path):
+    hf = hf_model().to(torch.bfloat16)
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        ours = reopen(hf, tmp_path) if dtype == torch.float32 else Llama.from_pretrained(tmp_path, dtype)
+        assert {p.dtype for p in ours.parameters()} == {dtype}
+        assert torch.equal(ours.lm_head.weight.bfloat16(), hf.lm_head.weight)
+        assert ours.logits(rows(1, 5)).dtype == dtype
+
+
+@pytest.mark.parametrize("rope", [
+    {"rope_type": "default"}, {"rope_type": "linear", "factor": 8.0}, {"rope_type": "dynamic", "factor": 8.0},
+    {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 8192},
+    {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+     "original_max_position_embeddings": 8192}], ids=lambda rope: rope["rope_type"])
+def test_frequencies_of_llama3_8b_equal_transformers_to_the_bit(tmp_path, rope):
+    """One unit in the last place is 0.004 radians at position 60,000: it shows in the second digit of a logit."""
+    hf = hf_model({"rope_theta": 500_000.0, **rope}, head_dim=128, max_position_embeddings=8192)
+    positions = torch.tensor([[0, 59_999]])
+    hf.model.rotary_emb(torch.zeros(1), positions)  # dynamic RoPE stretches here
+    hf.config.save_pretrained(tmp_path)
+    config = LlamaConfig.from_json(tmp_path / "config.json")
+    frequencies, _ = model_file.rope_frequencies(config, positions.max()[None] + 1)
+    assert torch.equal(frequencies, hf.model.rotary_emb.inv_freq)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("rope", ROPES)
+def test_angles_are_exact_at_position_60000_in_bf16(tmp_path, rope, autocast):
+    """bf16 keeps 8 bits: an angle of 60,000 held in it would be off by up to 128 radians."""
+    hf_model(rope).config.save_pretrained(tmp_path)
+    config = LlamaConfig.from_json(tmp_path / "config.json")
+    positions = torch.tensor([0, 7, 4_001, 59_999])
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        cos, sin = rotary_tables(config, positions, positions.max()[None] + 1, torch.bfloat16)
+        frequencies, scale = model_file.rope_frequencies(config, positions.max()[None] + 1)
+    angles = positions[:, None].double() * frequencies.double()
+    assert frequencies.dtype == torch.float32 and cos.dtype == sin.dtype == torch.bfloat16
+    for table, exact in ((cos, angles.cos()), (sin, angles.sin())):
+        assert (table[:, 0, :8].double() - exact * scale).abs().max() < 0.01
+        assert torch.equal(table[:, 0, :8], table[:, 0, 8:])
+
+
+# ------------------------------------------------------------------------------------------------------- export
+
+@pytest.mark.parametrize("kind", ["untied", "tied", "biases", "llama3", "mistral", "sharded"])
+def test_export_reopens_in_transformers_with_identical_logits(tmp_path, kind):
+    classes = (HFMistralConfig, MistralForCausalLM) if kind == "mistral" else (HFLlamaConfig, LlamaForCausalLM)
+    changes = {"tied": {"tie_word_embeddings": True}, "biases": {"attention_bias": True, "mlp_bias": True},
+               "mistral": {"sliding_window": None}}.get(kind, {})
+    hf = hf_model("llama3" if kind == "llama3" else "default", classes, **changes)
+    how = {"max_shard_size": "40KB"} if kind == "sharded" else {}
+    reopen(hf, tmp_path / "in", **how).save_pretrained(tmp_path / "out")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert type(again) is classes[1] and again.dtype == torch.float32
+    tokens, positions = rows(2, 40), gaps(2, 40, 60_000)
+    assert torch.equal(hf_logits(again, tokens, positions), hf_logits(hf, tokens, positions))
+    assert sorted(os.listdir(tmp_path / "out")) == ["config.json", "model.safetensors"]  # no .tmp left
+
+
+def test_export_says_the_dtype_it_holds(tmp_path):
+    """Older files spell the key torch_dtype; a stale one would have readers round fp32 weights to bf16."""
+    hf = hf_model()
+    hf.save_pretrained(tmp_path)
+    edit_json(tmp_path / "config.json", dtype=None, torch_dtype="bfloat16")
+    Llama.from_pretrained(tmp_path).save_pretrained(tmp_path / "out")
+    written = json.load(open(tmp_path / "out" / "config.json"))
+    assert {written[key] for key in ("dtype", "torch_dtype") if key in written} == {"float32"}
+
+
+def test_export_takes_gathered_tensors(tmp_path):
+    ours = reopen(hf_model(), tmp_path)
+    gathered = {name: p.detach() * 2 for name, p in ours.named_parameters()}
+    ours.save_pretrained(tmp_path / "out", state=gathered)
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert torch.equal(written["model.norm.weight"], ours.model.norm.weight * 2)
+
+
+@pytest.fixture(scope="module")
+def smollm2(smollm2_folder):
+    hf = AutoModelForCausalLM.from_pretrained(smollm2_folder, dtype=torch.float32).eval()
+    return hf, Llama.from_pretrained(smollm2_folder)
+
+
+# "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
+FRANCE = [1, 4093, 198, 1780, 314, 260, 3575, 282, 4649, 47, 2, 198, 1, 520, 9531, 198]
+PARIS = [504, 3575, 282, 4649, 314, 7042, 30, 2]  # "The capital of France is Paris.<|im_end|>"
+
+
+def test_smollm2_logits_equal_transformers(smollm2):
+    """To 2e-5 of the largest logit (about 30; 30 layers of fp32), on real weights."""
+    hf, ours = smollm2
+    tokens = torch.tensor([FRANCE + PARIS])
+    T = tokens.shape[1]
+    with torch.no_grad():
+        for positions in (torch.arange(T)[None], gaps(1, T, 8_192)):
+            theirs = hf_logits(hf, tokens, positions)
+            assert (ours.logits(tokens, positions) - theirs).abs().max() < 2e-5 * theirs.abs().max()
+
+
+def test_smollm2_answers_and_equals_transformers(smollm2):
+    hf, ours = smollm2
+    assert ours.generate([FRANCE], 16, stop_ids=(2,)) == [PARIS] == hf_greedy(hf, [FRANCE], 16, [2])
+
+
+def test_smollm2_export_reopens_with_identical_logits(smollm2, tmp_path):
+    hf, ours = smollm2
+    ours.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    tokens, positions = torch.tensor([FRANCE]), torch.arange(len(FRANCE))[None]
+    with torch.no_grad():
+        assert torch.equal(hf_logits(again, tokens, positions), hf_logits(hf, tokens, positions))
+    del again
+    shutil.rmtree(tmp_path)  # half a gigabyte
+
+
+# ------------------------------------------------------------------------------------- branches equal full rows
+
+def make_groups(answer_lengths, prompt_lengths, window=60_000, seed=0):
+    """[(prompt, its positions, answers)] of random tokens. answer_lengths: a list of M + 1 for each group."""
+    rng = random.Random(seed)
+    return [([rng.randrange(2, 89) for _ in range(length)], sorted(rng.sample(range(window - 64), length)),
+             [[rng.randrange(2, 89) for _ in range(n)] for n in lengths])
+            for length, lengths in zip(prompt_lengths, answer_lengths)]
+
+
+def pack(groups):
+    """The stream: [prompt minus its last token | branch | branch ...] of every group, as Llama.forward takes it."""
+    tokens, positions, targets, segments = [], [], [], []
+    for prompt, prompt_positions, answers in groups:
+        start, end = len(tokens), len(tokens) + len(prompt) - 1
+        segments.append((start, end, start, start))
+        tokens += prompt[:-1]
+        positions += prompt_positions[:-1]
+        targets += [IGNORE] * (len(prompt) - 1)
+        for answer in answers:
+            segments.append((len(tokens), len(tokens) + len(answer), start, end))
+            tokens += [prompt[-1], *answer[:-1]]
+            positions += range(prompt_positions[-1], prompt_positions[-1] + len(answer))
+            targets += answer
+    return torch.tensor(tokens), torch.tensor(positions), torch.tensor(targets), segments
+
+
+def branch_logps(model, groups):
+    """Mean log-prob (N, M + 1) of every answer, by branches."""
+    sums, lengths = model(*pack(groups))
+    assert lengths.tolist() == [len(answer) for _, _, answers in groups for answer in answers]
+    return (sums / lengths).view(len(groups), -1)
+
+
+def row_logps(logits, groups):
+    """The same by M + 1 full rows a group. logits: a function of tokens (1, T) and positions (1, T)."""
+    out = []
+    for prompt, prompt_positions, answers in groups:
+        for answer in answers:
+            row = torch.tensor([prompt + answer])
+            last = prompt_positions[-1]
+            positions = torch.tensor([[*prompt_positions, *range(last + 1, last + len(answer) + 1)]])
+            predicted = logits(row[:, :-1], positions[:, :-1])[0, len(prompt) - 1:]
+            out.append(predicted.log_softmax(-1).gather(1, torch.tensor(answer)[:, None]).mean())
+    return torch.stack(out).view(len(groups), -1)
+
+
+def loss_and_gradients(module, logps):
+    module.zero_grad()
+    loss, _ = logo_loss(logps[:, 0], logps[:, 1:], beta=2.0, gamma=0.5, sft_weight=0.1)
+    loss.backward()
+    return loss.item(), {name: p.grad.clone() for name, p in module.named_parameters()}
+
+
+def assert_same_loss_and_gradients(ours, theirs, tolerance):
+    assert ours[0] == pytest.approx(theirs[0], rel=tolerance)
+    assert ours[1].keys() == theirs[1].keys()
+    for name, gradient in theirs[1].items():
+        assert gradient.abs().max() > 1e-4, f"{name} gets no gradient: the test would not see it"
+        assert (ours[1][name] - gradient).abs().max() < tolerance * gradient.abs().max(), name
+
+
+def in_double(hf):
+    """transformers' RMSNorm rounds to fp32 in a float64 model; torch's own is the same function in float64."""
+    hf = hf.double()
+    for module in list(hf.modules()):
+        for name, child in module.named_children():
+            if type(child).__name__ == "LlamaRMSNorm":
+                norm = nn.RMSNorm(child.weight.shape[0], eps=child.variance_epsilon, dtype=torch.float64)
+                norm.weight = child.weight
+                setattr(module, name, norm)
+    return hf
+
+
+GROUPS = {  # M: three groups of unequal lengths; answers of one token too
+    1: make_groups([[5, 3], [1, 6], [4, 4]], [17, 9, 2], seed=1),
+    2: make_groups([[5, 3, 8], [1, 6, 2], [4, 4, 1]], [17, 9, 2], seed=2),
+    4: make_groups([[5, 3, 8, 1, 2], [1, 6, 2, 7, 4], [4, 4, 1, 9, 3]], [17, 9, 2], seed=4),
+}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-9), (torch.float32, 1e-5)], ids=["float64", "float32"])
+@pytest.mark.parametrize("M", GROUPS)
+def test_branches_equal_full_rows(tmp_path, monkeypatch, M, dtype, tolerance, checkpointing):
+    """Loss and every gradient; the rows go through transformers, and through Llama.logits."""
+    monkeypatch.setattr(model_file, "HEAD_CHUNK", 7)  # so that the head works in several chunks
+    hf = hf_model()
+    hf.save_pretrained(tmp_path)
+    hf = in_double(hf) if dtype == torch.float64 else hf
+    ours = Llama.from_pretrained(tmp_path, dtype)
+    ours.set_checkpointing(checkpointing)
+    branches = loss_and_gradients(ours, branch_logps(ours, GROUPS[M]))
+    for module, logits in ((hf, lambda *x: hf_logits(hf, *x)), (ours, ours.logits)):
+        full_rows = loss_and_gradients(module, row_logps(logits, GROUPS[M]))
+        assert_same_loss_and_gradients(branches, full_rows, tolerance)
+
+
+@pytest.mark.parametrize("rope, tied", [("linear", False), ("yarn", True), ("llama3", True)])
+def test_branches_equal_full_rows_under_scaled_rope_and_tied_head(tmp_path, rope, tied):
+    reopen(hf_model(rope, tie_word_embeddings=tied), tmp_path)
+    ours = Llama.from_pretrained(tmp_path, torch.float64)
+    branches = loss_and_gradients(ours, branch_logps(ours, GROUPS[2]))
+    assert_same_loss_and_gradients(branches, loss_and_gradients(ours, row_logps(ours.logits, GROUPS[2])), 1e-9)
+
+
+def test_dynamic_rope_stretches_to_the_groups_longest_position(tmp_path):
+    """With answers of one length all rows of a group are as long as the group: transformers' rule, row by row."""
+    groups = make_groups([[5, 5], [7, 7]], [17, 9], window=2_000)
+    for group in groups:
+        hf = hf_model("dynamic")  # afresh: transformers keeps the longest stretch that it has seen
+        with torch.no_grad():
+            theirs = row_logps(lambda *x: hf_logits(hf, *x), [group])
+            ours = branch_logps(reopen(hf, tmp_path), [group])
+        assert (ours - theirs).abs().max() < 1e-4
+
+
+def test_gradients_equal_finite_differences(tmp_path):
+    """Without any other implementation: one direction in the space of all parameters, float64."""
+    reopen(hf_model(), tmp_path)
+    ours = Llama.from_pretrained(tmp_path, torch.float64)
+
+    def loss():
+        logps = branch_logps(ours, GROUPS[2])
+        return logo_loss(logps[:, 0], logps[:, 1:], beta=2.0, gamma=0.5, sft_weight=0.1)[0]
+
+    loss().backward()
+    rng = torch.Generator().manual_seed(0)
+    direction = [torch.randn(p.shape, generator=rng, dtype=p.dtype) for p in ours.parameters()]
+    expected = sum((p.grad * d).sum() for p, d in zip(ours.parameters(), direction)).item()
+    sides = []
+    with torch.no_grad():
+        for step in (1e-6, -2e-6):  # from 0 to +1e-6, from there to -1e-6
+            for p, d in zip(ours.parameters(), direction):
+                p.add_(step * d)
+            sides.append(loss().item())
+    assert (sides[0] - sides[1]) / 2e-6 == pytest.approx(expected, rel=1e-6)
+
+
+# --------------------------------------------------------------------------------------- what changes nothing
+
+@pytest.mark.parametrize("rope", [kind for kind in ROPES if kind != "dynamic"])
+def test_shifting_all_positions_changes_nothing(tmp_path, rope):
+    """Angles are fp32 whatever the weights are: near 5,000 they are good to 3e-4 radians, hence the tolerance."""
+    ours = reopen(hf_model(rope), tmp_path)
+    groups = make_groups([[5, 3, 8], [1, 6, 2]], [17, 9], window=1_000)
+    tokens, positions, targets, segments = pack(groups)
+    with torch.no_grad():
+        before, _ = ours(tokens, positions, targets, segments)
+        after, _ = ours(tokens, positions + 4_000, targets, segments)
+        apart, _ = ours(tokens, positions + 4_000 * (targets != IGNORE), targets, segments)
+    assert (after - before).abs().max() < 2e-3
+    assert (apart - before).abs().max() > 0.1  # only the answers shifted: that is another distance
+
+
+@pytest.mark.parametrize("rope", ROPES)
+def test_another_group_changes_nothing(tmp_path, rope):
+    ours = reopen(hf_model(rope), tmp_path)
+    near, other = make_groups([[5, 3, 8]], [17], window=200), make_groups([[1, 6, 2]], [9], window=2_000, seed=1)
+    with torch.no_grad():
+        alone = branch_logps(ours, near)[0]
+        first, second = branch_logps(ours, near + other), branch_logps(ours, other + near)
+    assert (first[0] - alone).abs().max() < 1e-4 and (second[1] - alone).abs().max() < 1e-4
+    assert (first[1] - second[0]).abs().max() < 1e-4  # an angle of 2,000 is good to 1e-4 in fp32
+
+
+def test_another_branch_changes_nothing(tmp_path):
+    ours = reopen(hf_model(), tmp_path)
+    (prompt, positions, answers), = make_groups([[5, 3, 8]], [17])
+    with torch.no_grad():
+        before = branch_logps(ours, [(prompt, positions, answers)])[0]
+        for j in range(3):
+            changed = [answer if i == j else answer[::-1] + [7] for i, answer in enumerate(answers)]
+            after = branch_logps(ours, [(prompt, positions, changed)])[0]
+            assert (after[j] - before[j]).abs() < 1e-5
+        after = branch_logps(ours, [(prompt[::-1], positions, answers)])[0]
+    assert ((after - before).abs() > 1e-2).all()  # the prompt is what every branch does see
+
+
+def test_prompt_tokens_are_not_scored(tmp_path):
+    """The prompt reaches the loss through attention only: its own logits are nowhere in it."""
+    ours = reopen(hf_model(), tmp_path)
+    tokens, positions, targets, segments = pack(GROUPS[2])
+    seen = []
+    head = ours.token_logps
+    ours.token_logps = lambda x, t: seen.append(len(t)) or head(x, t)
+    sums, lengths = ours(tokens, positions, targets, segments)
+    assert sum(seen) == lengths.sum() == (targets != IGNORE).sum()
+
+
+def test_flash_attention_equals_sdpa(monkeypatch):
+    """One varlen call for the whole stream, by a double on the CPU that does what flash-attn documents.
+
+    Sequence i has queries cu_q[i]:cu_q[i+1] and keys cu_k[i]:cu_k[i+1]; causal is aligned at the bottom right.
+    """
+    calls = []
+
+    def varlen(q, k, v, cu_q, cu_k, max_q, max_k, causal):
+        assert cu_q.dtype == cu_k.dtype == torch.int32 and causal
+        assert len(q) == cu_q[-1] and len(k) == len(v) == cu_k[-1]
+        assert (max_q, max_k) == (cu_q.diff().max(), cu_k.diff().max())
+        out = []
+        for a, b, c, d in zip(cu_q.tolist(), cu_q.tolist()[1:], cu_k.tolist(), cu_k.tolist()[1:]):
+            keys, values = (x[c:d].repeat_interleave(q.shape[1] // k.shape[1], dim=1).float() for x in (k, v))
+            scores = torch.einsum("qhd,khd->hqk", q[a:b].float(), keys) / math.sqrt(q.shape[2])
+            hidden = torch.ones(b - a, d - c).triu(d - c - (b - a) + 1).bool()
+            out.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -math.inf).softmax(-1), values))
+        calls.append(len(out))
+        return torch.cat(out).to(q.dtype)
+
+    class OnGPU(torch.Tensor):
+        is_cuda = True
+
+    class TorchWithGPU:  # the module says "cuda" when model.py asks for a device's type
+        device = staticmethod(lambda device: SimpleNamespace(type="cuda"))
+        __getattr__ = staticmethod(lambda name: getattr(torch, name))
+
+    torch.manual_seed(0)
+    segments = pack(GROUPS[2])[3]
+    T = segments[-1][1]
+    q, k, v = (torch.randn(T, heads, 16).bfloat16() for heads in (4, 2, 2))  # flash-attn takes 16 bits only
+    expected = SegmentAttention(segments, "cpu")(q, k, v)
+    with monkeypatch.context() as patched:
+        patched.setattr(model_file, "flash_attn_varlen_func", varlen)
+        patched.setattr(model_file, "torch", TorchWithGPU())
+        attend = SegmentAttention(segments, "cpu")
+    monkeypatch.setattr(model_file, "flash_attn_varlen_func", varlen)
+    out = attend(q.as_subclass(OnGPU), k, v).as_subclass(torch.Tensor)
+    assert calls == [len(segments)]
+    assert (out - expected).abs().max() < 0.03  # bf16 rounding; a wrong key shows in the first digit
+    attend(q.float().as_subclass(OnGPU), k.float(), v.float())
+    assert len(calls) == 1, "flash-attn refuses fp32: that goes through SDPA"
+
+
+# --------------------------------------------------------------------------------------------------- generation
+
+PROMPTS = [[5, 17, 33, 60, 2, 81, 44], [12, 9], [70, 71, 72, 73, 74, 75, 76, 77, 78, 79, 80, 81, 82], [3]]
+
+
+def hf_greedy(hf, prompts, n, stop_ids=()):
+    """transformers, row by row."""
+    out = []
+    for prompt in prompts:
+        ids = hf.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+                          max_new_tokens=n, do_sample=False, pad_token_id=0, eos_token_id=list(stop_ids) or None)
+        out.append(ids[0, len(prompt):].tolist())
+    return out
+
+
+@pytest.mark.parametrize("rope", ["default", "yarn", "llama3"])
+def test_greedy_generation_equals_transformers(tmp_path, rope):
+    hf = hf_model(rope)
+    hf.generation_config.eos_token_id = None
+    ours = reopen(hf, tmp_path)
+    free = ours.generate(PROMPTS, 24)
+    assert free == hf_greedy(hf, PROMPTS, 24) and all(len(answer) == 24 for answer in free)
+    stop_ids = (free[0][5], free[2][9])
+    stopped = ours.generate(PROMPTS, 24, stop_ids=stop_ids)
+    assert stopped == hf_greedy(hf, PROMPTS, 24, stop_ids)
+    assert stopped[0][-1] in stop_ids and len(stopped[0]) <= 6  # the stop token is part of the answer
+
+
+def test_padded_batch_in_transformers_gives_the_same(tmp_path):
+    hf = hf_model()
+    hf.generation_config.eos_token_id = None
+    T = max(map(len, PROMPTS))
+    tokens = torch.tensor([[0] * (T - len(p)) + p for p in PROMPTS])
+    mask = torch.tensor([[0] * (T - len(p)) + [1] * len(p) for p in PROMPTS])
+    theirs = hf.generate(tokens, attention_mask=mask, max_new_tokens=24, do_sample=False, pad_token_id=0)
+    assert reopen(hf, tmp_path).generate(PROMPTS, 24) == theirs[:, T:].tolist()
+
+
+def test_dynamic_rope_generates_past_its_window_as_transformers_does(tmp_path):
+    hf = hf_model("dynamic")
+    hf.generation_config.eos_token_id = None
+    prompt = rows(1, WINDOW - 6)[0].tolist()
+    assert reopen(hf, tmp_path).generate([prompt], 16) == hf_greedy(hf, [prompt], 16)
+
+
+def test_cached_generation_equals_recomputation(tmp_path):
+    ours = reopen(hf_model("yarn"), tmp_path)
+    for prompt, answer in zip(PROMPTS, ours.generate(PROMPTS, 24)):
+        again = ours.logits(torch.tensor([prompt + answer[:-1]]))[0, len(prompt) - 1:].argmax(-1)
+        assert answer == again.tolist()
+
+
+@pytest.mark.parametrize("rope", ["default", "dynamic"])
+def test_neighbours_in_a_batch_change_nothing(tmp_path, rope):
+    ours = reopen(hf_model(rope), tmp_path)
+    prompts = [*PROMPTS, rows(1, 2 * WINDOW)[0].tolist()]  # the last is past dynamic RoPE's window, the others not
+    assert ours.generate(prompts, 12) == [ours.generate([prompt], 12)[0] for prompt in prompts]
+    with torch.no_grad():
+        tokens, near, far = rows(2, 20), gaps(1, 20, 200), gaps(1, 20, 2_000)
+        batch, alone = ours.logits(tokens, torch.cat([near, far])), ours.logits(tokens[:1], near)
+    assert (batch[0] - alone[0]).abs().max() < 1e-4
+
+
+def test_sampling_repeats_under_its_seed(tmp_path):
+    ours = reopen(hf_model(), tmp_path)
+
+    def draw(seed, **how):
+        return ours.generate(PROMPTS, 12, temperature=1.0, generator=torch.Generator().manual_seed(seed), **how)
+
+    assert draw(1) == draw(1) != draw(2)
+    assert draw(1, top_p=1e-6) == ours.generate(PROMPTS, 12)  # a nucleus of one token is greedy
+
+
+@pytest.mark.parametrize("temperature, top_p, expected", [
+    (1.0, 1.0, [0.15, 0.5, 0.05, 0.3]),
+    (1.0, 0.7, [0, 0.625, 0, 0.375]),              # 0.5 is not enough, 0.5 + 0.3 is
+    (0.5, 1.0, [0.0616, 0.6849, 0.0068, 0.2466]),  # squares, normalised
+    (0.0, 0.7, [0, 1, 0, 0]),
+])
+def test_sample_draws_from_the_nucleus(temperature, top_p, expected):
+    logits = torch.tensor([0.15, 0.5, 0.05, 0.3]).log().expand(20_000, 4)
+    drawn = sample(logits, temperature, top_p, torch.Generator().manual_seed(0))
+    assert torch.allclose(drawn.bincount(minlength=4) / 20_000, torch.tensor(expected).float(), atol=0.015)
+
+
+def test_empty_prompt_is_refused(tmp_path):
+    with pytest.raises(BadInput, match="prompt 1 of 2 is empty"):
+        reopen(hf_model(), tmp_path).generate([[5], []], 4)
+
+
+# ---------------------------------------------------------------------------------------------------- bad input
+
+@pytest.fixture(scope="module")
+def good_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("good")
+    hf_model().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def good_shards(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shards")
+    hf_model().save_pretrained(folder, max_shard_size="40KB")
+    return folder
+
+
+def config(**changes):
+    return lambda folder: edit_json(folder / "config.json", **changes)
+
+
+def rope(**changes):
+    return config(rope_parameters={"rope_theta": 10000.0, **changes})
+
+
+def text(name, content):
+    return lambda folder: (folder / name).write_text(content)
+
+
+def tensors(change):
+    def damage(folder):
+        state = load_file(folder / "model.safetensors")
+        change(state)
+        save_file(state, folder / "model.safetensors")
+    return damage
+
+
+def truncated(folder):
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[:len(data) // 2])
+
+
+def refused(folder, *words):
+    with pytest.raises(BadInput) as e:
+        Llama.from_pretrained(folder)
+    message = str(e.value)
+    assert "\n" not in message
+    assert all(word in message for word in (str(folder), *words)), message
+
+
+NORM = "model.norm.weight"
+
+
+@pytest.mark.parametrize("damage, words", [
+    (text("config.json", "{"), ("config.json", "JSON")),
+    (text("config.json", "[]"), ("config.json",)),
+    (config(model_type="qwen2"), ("config.json", "'qwen2'", "llama")),
+    (config(model_type=None), ("config.json", "None")),
+    (config(sliding_window=4096), ("config.json", "sliding_window", "4096")),
+    (config(quantization_config={"bits": 4}), ("config.json", "quantization_config")),
+    (config(hidden_act="gelu"), ("config.json", "gelu")),
+    (config(vocab_size=None), ("config.json", "vocab_size")),
+    (rope(rope_type="longrope"), ("config.json", "longrope", "yarn")),
+    (rope(rope_type="yarn"), ("config.json", "factor")),
+    (rope(rope_type="llama3", factor=8.0), ("config.json", "low_freq_factor")),
+    (truncated, ("model.safetensors",)),
+    (text("model.safetensors", "version https://git-lfs.github.com/spec/v1"), ("model.safetensors",)),
+    (lambda folder: (folder / "model.safetensors").unlink(), ("model.safetensors",)),
+    (tensors(lambda state: state.pop(NORM)), (NORM, "missing")),
+    (tensors(lambda state: state.update(surprise=torch.zeros(1))), ("surprise",)),
+    (tensors(lambda state: state.update({NORM: torch.zeros(3)})), ("model.safetensors", NORM, "[3]", "[64]")),
+    (config(vocab_size=90), ("model.safetensors", "[89, 64]", "[90, 64]")),
+], ids=["half a config", "config is a list", "other architecture", "no architecture", "sliding window", "quantised",
+        "activation", "no vocab_size", "unknown rope", "yarn without factor", "llama3 without its factors",
+        "truncated weights", "git-lfs pointer", "no weights", "tensor missing", "tensor too many", "tensor misshapen",
+        "config and weights disagree"])
+def test_bad_folder_is_refused_in_one_line(good_folder, tmp_path, damage, words):
+    folder = shutil.copytree(good_folder, tmp_path / "bad")
+    damage(folder)
+    refused(folder, *words)
+
+
+def test_missing_folder_is_refused(tmp_path):
+    refused(tmp_path / "nowhere", "config.json")
+
+
+def index(change):
+    def damage(folder):
+        path = folder / "model.safetensors.index.json"
+        value = json.loads(path.read_text())
+        change(value["weight_map"])
+        path.write_text(json.dumps(value))
+    return damage
+
+
+@pytest.mark.parametrize("damage, words", [
+    (lambda folder: next(folder.glob("model-00002-*")).unlink(), ("model-00002-of-",)),
+    (index(lambda weight_map: weight_map.pop(NORM)), (NORM, "missing")),
+    (index(lambda weight_map: weight_map.update({NORM: weight_map["model.embed_tokens.weight"]})),
+     ("safetensors", NORM, "not in this shard")),
+    (text("model.safetensors.index.json", "{}"), ("index.json", "weight_map")),
+    (text("model.safetensors.index.json", "[]"), ("index.json",)),
+], ids=["shard missing", "not in the index", "not in the shard", "no weight_map", "index is a list"])
+def test_bad_shards_are_refused_in_one_line(good_shards, tmp_path, damage, words):
+    folder = shutil.copytree(good_shards, tmp_path / "bad")
+    damage(folder)
+    refused(folder, *words)
