@@ -178,11 +178,17 @@ def run_folder(cfg):
     return cfg["out"] or os.path.join("out", cfg["name"])
 
 
-def check_fit(cfg, tokenizer):
-    """Before any work: can N chunks, a question and an answer stand inside the window?"""
+def check_settings(cfg, tokenizer):
+    """Before any work: the settings with a choice, and whether N chunks, a question and an answer fit the window."""
+    for key, allowed in (("positions", ("continuous", "sparse", "mix", "none")), ("score_with", ("question", "question+answer")),
+                         ("dtype", ("float32", "bfloat16"))):
+        if cfg[key] not in allowed:
+            raise BadInput(f"{key} is {cfg[key]!r}, expected one of {', '.join(allowed)}")
+    if "{question}" not in cfg["prompt_tail"]:
+        raise BadInput(f"prompt_tail is {cfg['prompt_tail']!r}, expected a text with {{question}} in it")
     prefix, suffix, _ = tokenizer.chat(cfg["prompt_head"], cfg["prompt_tail"].format(question=""))
     left = cfg["window"] - len(prefix) - len(suffix) - cfg["n_chunks"] * cfg["chunk_size"]
-    if left < cfg["max_new_tokens"] or min(cfg["n_chunks"], cfg["chunk_size"], cfg["n_rejected"]) < 1:
+    if left < cfg["max_new_tokens"] or min(cfg["n_chunks"], cfg["chunk_size"], cfg["n_rejected"], cfg["draws"]) < 1:
         raise BadInput(f"{cfg['n_chunks']} chunks of {cfg['chunk_size']} tokens leave {left} of window={cfg['window']} for "
                        f"question and answer (max_new_tokens={cfg['max_new_tokens']}): lower n_chunks or chunk_size")
 
@@ -218,7 +224,7 @@ def build_pairs(cfg, model, tokenizer, evaluator=words_evaluator):
     Examples go through in blocks of build_batch, whose sampling is seeded by the block: an interrupted build that
     goes on writes the same file as one that was left alone.
     """
-    check_fit(cfg, tokenizer)
+    check_settings(cfg, tokenizer)
     path, examples = pairs_path(cfg), read_examples(cfg, "train")
     done = start_file(path, {key: cfg[key] for key in BUILD_KEYS})
     size = max(1, cfg["build_batch"])
@@ -347,8 +353,6 @@ def synthesize_positions(chunk_lengths, prefix, tail, window, kind, draw, draws,
         raise BadInput(f"{N} chunks, question and answer need {used} positions, window is {window}: lower n_chunks or chunk_size")
     if kind == "none":
         return np.arange(used - tail), used - tail
-    if kind not in ("continuous", "sparse"):
-        raise BadInput(f"positions is {kind!r}, expected continuous, sparse, mix or none")
     shared, own = np.random.default_rng(seed), np.random.default_rng([*np.atleast_1d(seed), draw])
     spans, start = [np.arange(prefix)], prefix
     for c, length in enumerate(chunk_lengths):
@@ -439,6 +443,6 @@ if __name__ == "__main__":
     if config["threads"]:
         torch.set_num_threads(config["threads"])
     tok = load_tokenizer(config["model"], config["template"])
-    check_fit(config, tok)
+    check_settings(config, tok)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     build_pairs(config, Llama.from_pretrained(config["model"], getattr(torch, config["dtype"])).to(device).eval(), tok)

@@ -21,8 +21,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from configs import load_config
-from data import (Batch, build_pairs, check_fit, collate, encode_group, exit_on_bad_input, load_pairs, pairs_path,
-                  run_folder, step_samples)
+from data import (build_pairs, check_settings, collate, encode_group, exit_on_bad_input, load_pairs, pairs_path, run_folder,
+                  step_samples)
 from eval import recall
 from loss import logo_loss
 from model import BadInput, Llama, write_json
@@ -42,11 +42,9 @@ if uneven or not per_rank or per_rank % max(1, cfg["micro_batch"]):
     raise BadInput(f"batch_size={cfg['batch_size']} is no multiple of {world} processes x micro_batch={cfg['micro_batch']}")
 if cfg["held_out"] % world:
     raise BadInput(f"held_out={cfg['held_out']} is no multiple of {world} processes")
-if cfg["dtype"] not in ("float32", "bfloat16"):
-    raise BadInput(f"dtype is {cfg['dtype']!r}, expected 'float32' or 'bfloat16'")
-dtype = getattr(torch, cfg["dtype"])
 tokenizer = load_tokenizer(cfg["model"], cfg["template"])
-check_fit(cfg, tokenizer)
+check_settings(cfg, tokenizer)
+dtype = getattr(torch, cfg["dtype"])
 policy = Llama.from_pretrained(cfg["model"], dtype).to(device).eval()  # answers questions now, is trained from its file below
 
 # Rank 0 may write pairs for hours while the others wait. A lone process needs no rendezvous.

@@ -247,7 +247,14 @@ def test_recall_questions_are_never_training_questions(tmp_path):
 
 def test_chunks_that_cannot_fit_the_window_are_refused(tokenizer):
     with pytest.raises(BadInput, match="leave .* of window=100 .*lower n_chunks or chunk_size"):
-        data.check_fit(config("window=100"), tokenizer)
+        data.check_settings(config("window=100"), tokenizer)
+
+
+@pytest.mark.parametrize("arg", ["positions=random", "score_with=all", "dtype=float16", "prompt_tail=who?"])
+def test_a_setting_with_a_choice_is_checked_before_any_work(tokenizer, arg):
+    key, _, value = arg.partition("=")
+    with pytest.raises(BadInput, match=re.escape(f"{key} is '{value}', expected")):
+        data.check_settings(config(arg), tokenizer)
 
 
 @pytest.mark.parametrize("change, message", [({"rejected": [" b"]}, "1 rejected answers, expected 2"), ({"chosen": ""}, "'chosen' is ''")])
