@@ -49,7 +49,7 @@ def read_examples(cfg, split, size=None):
     """Examples for the pairs (split "train") or fresh ones to count recall on (split "recall"); never both.
 
     size: passages around the question, or tokens of context where the corpus is a .py with
-    examples(count, size, seed). A corpus file is shuffled once by the seed; "train" takes its head.
+    examples(count, size, seed). A corpus file is shuffled once by the seed; "train" takes its head, "recall" its end.
     """
     path, size = cfg["examples"], size or cfg["context_size"]
     train, count = cfg["n_examples"], cfg["recall_questions"]
@@ -66,7 +66,7 @@ def read_examples(cfg, split, size=None):
     train = min(train or len(rows), len(rows))
     if split == "recall" and train + count > len(rows):
         raise BadInput(f"{path}: {len(rows)} examples, expected {train} for pairs + {count} for recall_questions")
-    rows = [rows[i] for i in (order[:train] if split == "train" else order[train:train + count])]
+    rows = [rows[i] for i in (order[:train] if split == "train" else order[len(rows) - count:])]
     return [with_distractors(i, rows, size, cfg["seed"]) if "text" in row else row for i, row in enumerate(rows)]
 
 
