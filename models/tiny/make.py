@@ -1,19 +1,18 @@
-"""Make the embedded tiny model: its tokenizer, its training from scratch, its folder.
+r"""Make the embedded tiny model: its tokenizer, its training from scratch, its folder.
 
-    python models/tiny/make.py          from the repository root; minutes on one core, and the same weights every time
+    python models/tiny/make.py          from the repository root; two to five minutes on one core
 
 The model reads short biographies (world.py) and answers questions about them, inside a window of 128 tokens and not
 beyond: RoPE has never seen larger distances. A training sequence is one document, then questions and answers until the
 window is full; each turn is exactly what the trainer's "plain" template makes of one question:
 
-    <|bos|> context  Question: Who is Rosa? \n Answer: Rosa paints in Naples. <|end|>  Question: ...
+    <|bos|> context\nQuestion: Who is Rosa?\nAnswer: Rosa paints in Naples.<|end|>\nQuestion: ...
 
 **A head start, disclosed.**  From a random start a model this small answers with *some* job of the document for a
 thousand steps or more, until an induction circuit forms. `head_start` builds the outline of that circuit into the
 first weights (what follows what, and a lookup by name); training has to make it work, and gets there in minutes.
 """
 
-import json
 import math
 import random
 import sys
@@ -25,7 +24,7 @@ import torch.nn.functional as F
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parents[1])]                   # the repository root, for model.py
-from model import Llama, LlamaConfig                    # noqa: E402
+from model import Llama, LlamaConfig, write_json        # noqa: E402
 from world import CITIES, JOBS, ask, examples, words, world  # noqa: E402
 
 WINDOW = 128
@@ -35,8 +34,6 @@ BOS, END = "<|bos|>", "<|end|>"
 # GPT-2's pattern: a word takes the space before it along
 SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
-
-# ------------------------------------------------------------------------------------------------------- tokenizer
 
 def byte_symbols():
     """The printable character that byte-level BPE writes for each of the 256 bytes (GPT-2's table)."""
@@ -57,20 +54,13 @@ def write_tokenizer(folder, vocab):
                 "normalized": False, "special": True} for token in (BOS, END)]
     split = {"type": "Split", "pattern": {"Regex": SPLIT}, "behavior": "Isolated", "invert": False}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    model = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-             "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": True,
-             "vocab": {token: i for token, i in vocab.items() if token not in (BOS, END)}, "merges": []}
-    write_json(folder / "tokenizer.json", {
-        "version": "1.0", "truncation": None, "padding": None, "added_tokens": special, "normalizer": None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
-        "post_processor": None, "decoder": byte_level, "model": model})
-    write_json(folder / "tokenizer_config.json", {
-        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, "eos_token": END,
-        "clean_up_tokenization_spaces": False, "model_max_length": WINDOW})
-
-
-def write_json(path, value):
-    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    model = {"type": "BPE", "ignore_merges": True, "merges": [],
+             "vocab": {token: i for token, i in vocab.items() if token not in (BOS, END)}}
+    write_json({"version": "1.0", "added_tokens": special, "normalizer": None, "post_processor": None, "model": model,
+                "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]}, "decoder": byte_level},
+               str(folder / "tokenizer.json"))
+    write_json({"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, "eos_token": END,
+                "clean_up_tokenization_spaces": False, "model_max_length": WINDOW}, str(folder / "tokenizer_config.json"))
 
 
 class Words:
@@ -91,26 +81,24 @@ class Words:
         return self.encode(f"\nQuestion: {question}\nAnswer:"), self.encode(" " + answer) + [self.end]
 
 
-# -------------------------------------------------------------------------------------------------------- training
-
-def sequence(rng, words, limit):
+def sequence(rng, coder, limit):
     """Tokens and loss weights (limit + 1) of one document and as many questions as fit; nobody is asked about twice."""
     text, facts = world(rng, rng.randint(30, limit - 22))
-    tokens = [words.bos] + words.encode(text)
+    tokens = [coder.bos] + coder.encode(text)
     weights = [CONTEXT] * len(tokens)
     while facts:
         question, answer = ask(rng, facts, min(len(facts), rng.choice([1, 1, 2])))
-        asks, answers = words.turn(question, answer)
+        asks, answers = coder.turn(question, answer)
         if len(tokens) + len(asks) + len(answers) > limit + 1:
             break
         tokens += asks + answers
-        weights += [0.0] * len(asks) + [VALUE if token in words.values else ANSWER for token in answers]
+        weights += [0.0] * len(asks) + [VALUE if token in coder.values else ANSWER for token in answers]
         facts = {name: fact for name, fact in facts.items() if fact not in answer}
     padding = limit + 1 - len(tokens)
-    return tokens + [words.end] * padding, weights + [0.0] * padding
+    return tokens + [coder.end] * padding, weights + [0.0] * padding
 
 
-def train(model, words):
+def train(model, coder):
     rng, began = random.Random(1), time.time()
     matrices = [p for p in model.parameters() if p.ndim > 1]
     gains = [p for p in model.parameters() if p.ndim < 2]
@@ -120,7 +108,7 @@ def train(model, words):
         limit = min(WINDOW, int(72 + (WINDOW - 72) * step / (0.4 * STEPS)))  # short documents first
         for group in optimizer.param_groups:
             group["lr"] = RATE * learning_curve(step)
-        rows = [sequence(rng, words, limit) for _ in range(BATCH * WINDOW // limit)]
+        rows = [sequence(rng, coder, limit) for _ in range(BATCH * WINDOW // limit)]
         tokens, weights = torch.tensor([row[0] for row in rows]), torch.tensor([row[1] for row in rows])[:, 1:]
         losses = F.cross_entropy(model.logits(tokens[:, :-1]).transpose(1, 2), tokens[:, 1:], reduction="none")
         loss = (losses * weights).sum() / weights.sum()
@@ -142,13 +130,13 @@ def learning_curve(step):
 
 @torch.no_grad()
 def head_start(model):
-    """The outline of an induction circuit (see above): "whose job follows this name?", "which city is three after it?"
+    """The outline of an induction circuit: "what followed this name?", "what came three after it?"
 
-    Four subspaces of the residual stream are set apart, and one direction u that all embeddings share: OWN holds a token's
-    identity, BEFORE[i] that of the token i places earlier. Layer 0 looks one, two and three places back: a key that is
-    the same for every token, in the fastest rotary pairs, and queries that are the key turned back by so much.
-    Later layers look a name up: the token after a name asks OWN against BEFORE[1], that is the job; the token two
-    after it asks BEFORE[2] against BEFORE[3], that is the city. They write what they find into OWN, as the next token.
+    Four subspaces of the residual stream are set apart, and a direction u that all embeddings share. own holds a token's
+    identity, before[i] that of the token i + 1 places earlier. Layer 0 writes before: a key that is the same for every
+    token, in the fastest rotary pairs, and a query a head that is this key turned back one, two or three places.
+    Later layers look up. After a name, own asks before[0]: who follows it? The job. Two after a name, before[1] asks
+    before[2]: who comes three after it? The city. What they find is written into own, as the next token.
     """
     config = model.config
     C, D, H = config.hidden_size, config.head_dim, config.num_attention_heads
@@ -158,8 +146,7 @@ def head_start(model):
     own, *before = (slow_pairs(basis[1 + i * rank:1 + (i + 1) * rank], D) for i in range(4))
     model.model.embed_tokens.weight.copy_(0.04 * torch.randn(config.vocab_size, C) + 0.3 * u)
 
-    fast = 4
-    angles = config.rope["rope_theta"] ** (-torch.arange(0, D, 2) / D)[:fast]
+    angles = config.rope["rope_theta"] ** (-torch.arange(0, D, 2) / D)[:4]  # of the four fastest pairs, a place
     first, *later = (block.self_attn for block in model.model.layers)
     key = turned_back(0, angles, D)
     add(first.k_proj.weight, [0.8 * key[:, None] * u] * 2)
@@ -193,15 +180,13 @@ def add(weight, heads):
     weight += torch.cat(heads)
 
 
-# ------------------------------------------------------------------------------------------------------------ main
-
 @torch.no_grad()
-def recall(model, words, size, count):
+def recall(model, coder, size, count):
     """Share of answers that greedy decoding gets exactly right: the arg-max is right at every answer token."""
     right = 0
     for example in examples(count, size, seed=2):
-        asks, answer = words.turn(example["question"], example["answer"])
-        prompt = [words.bos] + words.encode(example["context"]) + asks
+        asks, answer = coder.turn(example["question"], example["answer"])
+        prompt = [coder.bos] + coder.encode(example["context"]) + asks
         guesses = model.logits(torch.tensor([prompt + answer[:-1]]))[0, len(prompt) - 1:].argmax(-1)
         right += guesses.tolist() == answer
     return right / count
@@ -221,11 +206,12 @@ def main():
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.02)
     head_start(model)
-    train(model, Words(vocab))
+    coder = Words(vocab)
+    train(model, coder)
     model.save_pretrained(HERE)
     for times in (1, 2, 4, 8):
-        size = 104 if times == 1 else times * WINDOW
-        print(f"{times}x: {recall(model, Words(vocab), size, 200):.3f} of 200 answers exactly right")
+        share = recall(model, coder, times * WINDOW - 24, 200)  # question and answer take up to 24 tokens
+        print(f"{times}x: {share:.3f} of 200 answers exactly right")
 
 
 if __name__ == "__main__":

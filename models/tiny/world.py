@@ -12,8 +12,11 @@ What makes it hard to answer without reading:
   the name, not to the job;
 - look-alikes: a person also longs for some other city, and weather happens in cities nobody asked about.
 
-There is one person in some fourteen tokens and never more than sixteen people: a long context is mostly filler,
-so that it measures reach (where is the fact?) and not capacity (how many facts?).
+There is one person in some fourteen tokens and never more than sixteen people (one in 60 tokens at 8x): a long context
+is mostly filler, so that it measures reach (where is the fact?) and not capacity (how many facts?).
+
+Sixteen-token chunks that miss the fact make a small model invent one, mostly from what else it sees:
+"Rosa sings in Turin." That is a hallucination, and the dis-preferred answer.
 """
 
 import random
@@ -30,8 +33,7 @@ lectures mines nurses paints plants plays prints rows sails sews sings skates sk
 tutors types weaves welds works wrestles writes""".split()
 CITIES = """Athens Austin Bergen Berlin Bern Bogota Boston Cairo Dakar Delhi Denver Dublin Geneva Genoa Hanoi Havana
 Kiev Kyoto Lagos Lima Lisbon London Lyon Madrid Malta Miami Milan Minsk Munich Nairobi Naples Oslo Oxford Paris Perth
-Porto Prague Quito Riga Rome Seoul Seville Sofia Tokyo Turin Venice Vienna Warsaw""".split()
-CITIES.remove("Sofia")                                  # a name here: a word has one meaning
+Porto Prague Quito Riga Rome Seoul Seville Tokyo Turin Venice Vienna Warsaw""".split()
 LONGINGS = "misses remembers avoids praises".split()
 SLOTS = {
     "adjective": "old quiet narrow yellow empty broken distant silver wooden heavy pale tall".split(),
