@@ -4,7 +4,7 @@
       chunk          -> chunks, lists of token ids; their borders stay in token ids from here on
       score, select  -> which chunks the chosen, the rejected and the training prompt see      Sec. 3.2.2
       generate       -> chosen and M rejected answers, by the policy itself
-    pairs.jsonl    {"id", "question", "answers", "chunks", "scores", "chosen", "rejected"}     text above, integers below
+    pairs.jsonl    {"id", "question", "answers", "chunks", "scores", "chosen", "rejected"}   text above, integers below
       encode_group   -> tokens, targets, segments of a prompt and its M + 1 answers            the only shift
       synthesize     -> positions spread over the window                                       Eq. 4
     batch          one packed stream of groups, a function of (seed, step) alone
@@ -103,11 +103,13 @@ def is_right(text, answers):
 
 # ---------------------------------------------------------------------------------- chunks, scores, selection
 
-COMMON = set("""about after again against also although another because been before being below between both came come
-could does doing done down during each else even ever every first from gave give going good have having here himself into
-its itself just know last less like made make many more most much must name never next once only other over same should
-since some still such take than that their them then there these they thing this those through time under until upon used
-very want well went were what when where which while will with within without would year your yours""".split())
+COMMON = set("""a about after again against all also although an and another any are as at be because been before
+being below between both but by came can come could did do does doing done down during each else even ever every few
+first for from gave give going good had has have having he her here hers him himself his how i if in into is it its
+itself just know last less like made make many may me more most much must my name never next no nor not now of off on
+once only or other our out over own same she should since so some still such take than that the their them then there
+these they thing this those through time to too under until up upon us used very want was we well went were what when
+where which while who whom whose why will with within without would year yes you your yours""".split())
 
 
 def words_evaluator(text):
@@ -115,10 +117,8 @@ def words_evaluator(text):
 
     An evaluator is any function of this form; the paper uses spaCy's entities (Sec. 3.2.2).
     """
-    words = re.findall(r"\w+(?:[.,]\d+)*", text)
-    return {w.lower() for i, w in enumerate(words)
-            if w[0].isdigit() or w[0].isupper() and len(w) > 1 and w.lower() not in COMMON | {"the", "who", "how", "and", "for"}
-            or len(w) > 3 and w.lower() not in COMMON}
+    words = set(re.findall(r"\w+(?:[.,]\d+)*", text))
+    return {w.lower() for w in words if w.lower() not in COMMON and (w[0].isdigit() or w[0].isupper() or len(w) > 3)}
 
 
 def chunk(context, tokenizer, size):
@@ -166,8 +166,8 @@ def select(scores, n_chunks, delta, max_critical, n_rejected, rng):
 
 # ------------------------------------------------------------------------------------------------------ pairs
 
-BUILD_KEYS = """model template seed examples context_size n_examples chunk_size n_chunks delta max_critical score_with prompt_head
-prompt_tail n_rejected candidates require_correct max_new_tokens temperature top_p build_batch""".split()
+BUILD_KEYS = """model template seed examples context_size n_examples chunk_size n_chunks delta max_critical score_with
+prompt_head prompt_tail n_rejected candidates require_correct max_new_tokens temperature top_p build_batch""".split()
 
 
 def pairs_path(cfg):
@@ -178,19 +178,24 @@ def run_folder(cfg):
     return cfg["out"] or os.path.join("out", cfg["name"])
 
 
+def prompt_around(cfg, tokenizer, question):
+    """(prefix, suffix, stops): the token ids before and after a prompt's chunks, and those that end an answer."""
+    return tokenizer.chat(cfg["prompt_head"], cfg["prompt_tail"].format(question=question))
+
+
 def check_settings(cfg, tokenizer):
     """Before any work: the settings with a choice, and whether N chunks, a question and an answer fit the window."""
-    for key, allowed in (("positions", ("continuous", "sparse", "mix", "none")), ("score_with", ("question", "question+answer")),
-                         ("dtype", ("float32", "bfloat16"))):
+    for key, allowed in (("positions", ("continuous", "sparse", "mix", "none")), ("dtype", ("float32", "bfloat16")),
+                         ("score_with", ("question", "question+answer"))):
         if cfg[key] not in allowed:
             raise BadInput(f"{key} is {cfg[key]!r}, expected one of {', '.join(allowed)}")
     if "{question}" not in cfg["prompt_tail"]:
         raise BadInput(f"prompt_tail is {cfg['prompt_tail']!r}, expected a text with {{question}} in it")
-    prefix, suffix, _ = tokenizer.chat(cfg["prompt_head"], cfg["prompt_tail"].format(question=""))
+    prefix, suffix, _ = prompt_around(cfg, tokenizer, "")
     left = cfg["window"] - len(prefix) - len(suffix) - cfg["n_chunks"] * cfg["chunk_size"]
     if left < cfg["max_new_tokens"] or min(cfg["n_chunks"], cfg["chunk_size"], cfg["n_rejected"], cfg["draws"]) < 1:
-        raise BadInput(f"{cfg['n_chunks']} chunks of {cfg['chunk_size']} tokens leave {left} of window={cfg['window']} for "
-                       f"question and answer (max_new_tokens={cfg['max_new_tokens']}): lower n_chunks or chunk_size")
+        raise BadInput(f"{cfg['n_chunks']} chunks of {cfg['chunk_size']} tokens leave {left} of window={cfg['window']} "
+                       f"for question and answer (max_new_tokens={cfg['max_new_tokens']}): lower n_chunks or chunk_size")
 
 
 def start_file(path, header):
@@ -209,10 +214,11 @@ def start_file(path, header):
         return start_file(path, header)
     for number, row in read_lines(path):
         if number == 1:
-            changed = [k for k in header if row.get("settings", {}).get(k) != header[k]]
-            if changed:
-                raise BadInput(f"{path}: was built with {changed[0]}={row.get('settings', {}).get(changed[0])!r}, now it is "
-                               f"{header[changed[0]]!r}: name another file with pairs=, or remove this one")
+            built = row.get("settings", {})
+            for key in header:
+                if built.get(key) != header[key]:
+                    raise BadInput(f"{path}: was built with {key}={built.get(key)!r}, now it is {header[key]!r}: "
+                                   "name another file with pairs=, or remove this one")
         else:
             done.add(row["id"])
     return done
@@ -254,7 +260,8 @@ def build_block(cfg, model, tokenizer, evaluator, ids, examples):
             if fault:
                 row["dropped"] = fault
     alive = [(row, s) for row, s in planned if "dropped" not in row]
-    rejected = iter(answer(cfg, model, tokenizer, generator, [(row, picked) for row, s in alive for picked in s.rejected]))
+    asked = [(row, picked) for row, selection in alive for picked in selection.rejected]
+    rejected = iter(answer(cfg, model, tokenizer, generator, asked))
     for row, selection in planned:
         if "dropped" not in row:
             row["rejected"], fault = keep_rejected(row, [next(rejected) for _ in selection.rejected], cfg)
@@ -269,7 +276,7 @@ def answer(cfg, model, tokenizer, generator, asked):
     """The policy's answer to each (row, chunk indices); None for one that did not end within max_new_tokens."""
     prompts, stops = [], ()
     for row, picked in asked:
-        prefix, suffix, stops = tokenizer.chat(cfg["prompt_head"], cfg["prompt_tail"].format(question=row["question"]))
+        prefix, suffix, stops = prompt_around(cfg, tokenizer, row["question"])
         prompts.append(prefix + [t for i in picked for t in row["chunks"][i]] + suffix)
     if not prompts:
         return []
@@ -278,7 +285,7 @@ def answer(cfg, model, tokenizer, generator, asked):
 
 
 def plan(cfg, tokenizer, evaluator, i, example):
-    """(row, Selection) of an example, or ({"id", "dropped"}, None)."""
+    """(row, Selection) of an example; the Selection is None, and row["dropped"] says why, where there is none."""
     chunks = chunk(example["context"], tokenizer, cfg["chunk_size"])
     wanted = evaluator(example["question"])
     if cfg["score_with"] == "question+answer":
@@ -286,9 +293,8 @@ def plan(cfg, tokenizer, evaluator, i, example):
     scores = [len(wanted & evaluator(tokenizer.decode(c))) for c in chunks]
     selection, reason = select(scores, cfg["n_chunks"], cfg["delta"], cfg["max_critical"],
                                cfg["candidates"] or cfg["n_rejected"], np.random.default_rng([cfg["seed"], i]))
-    if reason:
-        return {"id": i, "dropped": reason}, None
-    return {"id": i, "question": example["question"], "answers": example["answers"], "chunks": chunks, "scores": scores}, selection
+    row = {"id": i, "question": example["question"], "answers": example["answers"], "chunks": chunks, "scores": scores}
+    return {**row, "dropped": reason} if reason else row, selection
 
 
 def fault_of_chosen(row, require_correct):
@@ -302,17 +308,17 @@ def fault_of_chosen(row, require_correct):
 
 
 def keep_rejected(row, candidates, cfg):
-    """(the first M usable rejected answers, None), or what was wrong with the last unusable one where M are not left."""
-    kept, seen, fault = [], {normalize(row["chosen"])}, None
+    """(the first M usable candidates, None); where fewer than M are usable, the fault of the last that was not."""
+    kept, seen, last = [], {normalize(row["chosen"])}, None
     for text in candidates:
-        wrong = ("rejected unfinished" if text is None else "rejected empty" if not text.strip() else
+        fault = ("rejected unfinished" if text is None else "rejected empty" if not text.strip() else
                  "rejected equals another answer" if normalize(text) in seen else
-                 "rejected right" if cfg["require_correct"] and row["answers"] and is_right(text, row["answers"]) else None)
-        if wrong is None:
+                 "rejected right" if cfg["require_correct"] and is_right(text, row["answers"]) else None)
+        if fault is None:
             kept.append(text)
             seen.add(normalize(text))
-        fault = wrong or fault
-    return kept[:cfg["n_rejected"]], fault if len(kept) < cfg["n_rejected"] else None
+        last = fault or last
+    return kept[:cfg["n_rejected"]], last if len(kept) < cfg["n_rejected"] else None
 
 
 def load_pairs(path, n_rejected):
@@ -322,11 +328,12 @@ def load_pairs(path, n_rejected):
         if "dropped" in row or "settings" in row:
             continue
         where = f"{path}, line {number}"
-        lost = [key for key in ("id", "question", "chunks", "chosen", "rejected") if not row.get(key) and row.get(key) != 0]
-        if lost:
-            raise BadInput(f"{where}: {lost[0]!r} is {row.get(lost[0])!r}, expected something")
+        for key in ("id", "question", "chunks", "chosen", "rejected"):
+            if row.get(key) in (None, "", []):
+                raise BadInput(f"{where}: {key!r} is {row.get(key)!r}, expected something")
         if len(row["rejected"]) < n_rejected or not all(a.strip() for a in [row["chosen"], *row["rejected"]]):
-            raise BadInput(f"{where}: {len(row['rejected'])} rejected answers, expected {n_rejected} that are not empty")
+            found = len(row["rejected"])
+            raise BadInput(f"{where}: {found} rejected answers, expected {n_rejected}, and no empty answer")
         pairs.append({**row, "chunks": [np.array(c, dtype=np.int32) for c in row["chunks"]]})
     if not pairs:
         raise BadInput(f"{path}: no pairs in it")
@@ -350,7 +357,8 @@ def synthesize_positions(chunk_lengths, prefix, tail, window, kind, draw, draws,
     N, used = len(chunk_lengths), prefix + sum(chunk_lengths) + tail
     slack = window - used
     if slack < 0:
-        raise BadInput(f"{N} chunks, question and answer need {used} positions, window is {window}: lower n_chunks or chunk_size")
+        raise BadInput(f"{N} chunks, question and answer need {used} positions, window is {window}: "
+                       "lower n_chunks or chunk_size")
     if kind == "none":
         return np.arange(used - tail), used - tail
     shared, own = np.random.default_rng(seed), np.random.default_rng([*np.atleast_1d(seed), draw])
@@ -391,11 +399,11 @@ def encode_group(pair, tokenizer, cfg, draw=0, epoch=0):
         stream     [ prompt - last token | last token, chosen - its last | last token, rejected 1 - its last | ... ]
         targets    [ IGNORE ...          | chosen                        | rejected 1                        | ... ]
     """
-    prefix, suffix, stops = tokenizer.chat(cfg["prompt_head"], cfg["prompt_tail"].format(question=pair["question"]))
+    prefix, suffix, stops = prompt_around(cfg, tokenizer, pair["question"])
     answers = [tokenizer.encode(text) + stops[:1] for text in [pair["chosen"], *pair["rejected"][:cfg["n_rejected"]]]]
-    seed = (cfg["seed"], pair["id"], epoch)
-    placed, after = synthesize_positions([len(c) for c in pair["chunks"]], len(prefix), len(suffix) + max(map(len, answers)),
-                                         cfg["window"], kind_of(cfg, seed, draw), draw, cfg["draws"], seed)
+    seed, tail = (cfg["seed"], pair["id"], epoch), len(suffix) + max(map(len, answers))
+    placed, after = synthesize_positions([len(c) for c in pair["chunks"]], len(prefix), tail, cfg["window"],
+                                         kind_of(cfg, seed, draw), draw, cfg["draws"], seed)
     prompt = np.concatenate([prefix, *pair["chunks"], suffix]).astype(np.int64)
     positions = np.concatenate([placed, after + np.arange(len(suffix))])
     P, last, next_position = len(prompt) - 1, prompt[-1], positions[-1]
@@ -412,7 +420,8 @@ def encode_group(pair, tokenizer, cfg, draw=0, epoch=0):
 def collate(groups):
     """Groups one after another in one stream; only the segments move."""
     offsets = np.cumsum([0] + [len(g.tokens) for g in groups]).tolist()
-    segments = [tuple(offset + bound for bound in segment) for g, offset in zip(groups, offsets) for segment in g.segments]
+    segments = [tuple(offset + bound for bound in segment)
+                for group, offset in zip(groups, offsets) for segment in group.segments]
     return Batch(*(torch.cat([g[i] for g in groups]) for i in range(3)), segments)
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from configs import load_config
-from data import exit_on_bad_input, is_right, read_examples
+from data import chunk, exit_on_bad_input, is_right, prompt_around, read_examples
 from model import BadInput, Llama
 from tokenizer import load_tokenizer
 
@@ -22,13 +22,13 @@ def recall(model, tokenizer, cfg, size, rank=0, world=1):
     examples = read_examples(cfg, "recall", size)[rank::world]
     prompts, stops = [], ()
     for example in examples:
-        prefix, suffix, stops = tokenizer.chat(cfg["prompt_head"], cfg["prompt_tail"].format(question=example["question"]))
-        texts = [example["context"]] if isinstance(example["context"], str) else [p + "\n\n" for p in example["context"]]
-        prompts.append(prefix + [t for text in texts for t in tokenizer.encode(text)] + suffix)
+        prefix, suffix, stops = prompt_around(cfg, tokenizer, example["question"])
+        chunks = chunk(example["context"], tokenizer, cfg["chunk_size"])
+        prompts.append(prefix + [t for c in chunks for t in c] + suffix)
     right = 0
     for i in range(0, len(prompts), cfg["recall_batch"]):
         answers = model.generate(prompts[i:i + cfg["recall_batch"]], cfg["max_new_tokens"], stop_ids=stops)
-        right += sum(is_right(tokenizer.decode(answer), example["answers"]) for answer, example in zip(answers, examples[i:]))
+        right += sum(is_right(tokenizer.decode(ids), example["answers"]) for ids, example in zip(answers, examples[i:]))
     counts = torch.tensor([right, len(examples)])
     if world > 1:
         counts = counts.to(model.lm_head.weight.device)

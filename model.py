@@ -60,7 +60,6 @@ class LlamaConfig:
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     mlp_bias: bool = False
-    initializer_range: float = 0.02
     rope: dict = field(default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0})
     raw: dict = field(default_factory=dict)
 

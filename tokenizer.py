@@ -9,7 +9,6 @@ Control tokens come from the templates below, and BOS only from there: once.
 """
 import base64
 import itertools
-import json
 import re
 from collections import namedtuple
 from pathlib import Path

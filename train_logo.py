@@ -3,8 +3,8 @@
     torchrun --standalone train_logo.py                                     configs/tiny.py: all of it on a laptop CPU
     torchrun --standalone --nproc_per_node=8 train_logo.py configs/llama3_8b_80k.py lr=2e-5 steps=50
 
-Reads a Hugging Face folder and writes, under out/NAME: pairs.jsonl, metrics.jsonl, result.json, hf/ (the aligned model),
-source/ (the code and config that made it). One process and many take the same path.
+Reads a Hugging Face folder and writes, under out/NAME: pairs.jsonl, metrics.jsonl, result.json, hf/ (the aligned
+model), config.json and source/ (what made it). One process and many take the same path.
 """
 import glob
 import json
@@ -21,8 +21,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from configs import load_config
-from data import (build_pairs, check_settings, collate, encode_group, exit_on_bad_input, load_pairs, pairs_path, run_folder,
-                  step_samples)
+from data import (build_pairs, check_settings, collate, encode_group, exit_on_bad_input, load_pairs, pairs_path,
+                  run_folder, step_samples)
 from eval import recall
 from loss import logo_loss
 from model import BadInput, Llama, write_json
@@ -33,19 +33,21 @@ from tokenizer import load_tokenizer
 sys.excepthook = exit_on_bad_input
 cfg = load_config(sys.argv[1:])
 rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
-if device.type == "cuda":
+device = torch.device("cpu")
+if torch.cuda.is_available():
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     torch.cuda.set_device(device)
 torch.set_num_threads(cfg["threads"] or max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 per_rank, uneven = divmod(cfg["batch_size"], world)
 if uneven or not per_rank or per_rank % max(1, cfg["micro_batch"]):
-    raise BadInput(f"batch_size={cfg['batch_size']} is no multiple of {world} processes x micro_batch={cfg['micro_batch']}")
+    raise BadInput(f"batch_size={cfg['batch_size']} is no multiple of {world} processes x "
+                   f"micro_batch={cfg['micro_batch']}")
 if cfg["held_out"] % world:
     raise BadInput(f"held_out={cfg['held_out']} is no multiple of {world} processes")
 tokenizer = load_tokenizer(cfg["model"], cfg["template"])
 check_settings(cfg, tokenizer)
 dtype = getattr(torch, cfg["dtype"])
-policy = Llama.from_pretrained(cfg["model"], dtype).to(device).eval()  # answers questions now, is trained from its file below
+policy = Llama.from_pretrained(cfg["model"], dtype).to(device).eval()  # answers questions; trained from its file below
 
 # Rank 0 may write pairs for hours while the others wait. A lone process needs no rendezvous.
 alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
@@ -65,8 +67,8 @@ def recalls(model, label):
     """Right answers at each context size: {size: [right, asked]}."""
     found = {}
     for size in cfg["recall_sizes"] if cfg["recall_questions"] else []:
-        found[size] = recall(model, tokenizer, cfg, size, rank, world)
-        say(f"recall {label:24s} context {size:6d}  {found[size][0]:4d} of {found[size][1]:4d}  {found[size][0] / found[size][1]:.3f}", flush=True)
+        found[size] = right, asked = recall(model, tokenizer, cfg, size, rank, world)
+        say(f"recall {label:24s} context {size:6d}  {right:4d} of {asked:4d}  {right / asked:.3f}", flush=True)
     return found
 
 
@@ -77,8 +79,8 @@ def lap(name):
 
 # ---------------------------------------------------------------------------------------- recall before, pairs
 
-say(f"{cfg['name']}: {cfg['model']}, {sum(p.numel() for p in policy.parameters()):,} parameters, {world} process(es) on {device.type}, "
-    f"window {cfg['window']}, M = {cfg['n_rejected']}")
+say(f"{cfg['name']}: {cfg['model']}, {sum(p.numel() for p in policy.parameters()):,} parameters, "
+    f"{world} process(es) on {device.type}, window {cfg['window']}, M = {cfg['n_rejected']}")
 before = {"recall": recalls(policy, "before")}
 if cfg["rope_theta"]:  # what the longer base alone does: the control that training has to beat
     theta, policy.config.rope["rope_theta"] = policy.config.rope["rope_theta"], cfg["rope_theta"]
@@ -106,10 +108,9 @@ mixed = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
 for block in model.model.layers:
     fully_shard(block, mesh=mesh, mp_policy=mixed)
 fully_shard(model, mesh=mesh, mp_policy=mixed)  # the root keeps embeddings and head gathered until backward
-matrices = [p for p in model.parameters() if p.ndim > 1]
-others = [p for p in model.parameters() if p.ndim == 1]
-optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": cfg["weight_decay"]}, {"params": others, "weight_decay": 0.0}],
-                              lr=cfg["lr"], betas=(cfg["beta1"], cfg["beta2"]), foreach=True)
+decayed = [{"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": cfg["weight_decay"]},
+           {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0}]
+optimizer = torch.optim.AdamW(decayed, lr=cfg["lr"], betas=(cfg["beta1"], cfg["beta2"]), foreach=True)
 
 
 def learning_rate(step):
@@ -146,8 +147,8 @@ def evaluate():
 
 
 def line(step, metrics, extra=""):
-    return (f"step {step:5d}  loss {metrics['loss']:.4f}  accuracy {metrics['accuracy']:.2f}  margin {metrics['margin']:+.2f}  "
-            f"chosen {metrics['chosen']:.3f}  rejected {metrics['rejected']:.3f}  sft {metrics['sft']:.3f}{extra}")
+    return "step {:5d}  loss {loss:.4f}  accuracy {accuracy:.2f}  margin {margin:+.2f}  chosen {chosen:.3f}  " \
+           "rejected {rejected:.3f}  sft {sft:.3f}".format(step, **metrics) + extra
 
 
 # --------------------------------------------------------------------------------------------------------- loop
@@ -164,7 +165,8 @@ def train_step(step):
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg["grad_clip"])
     norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
     if not math.isfinite(norm):
-        raise RuntimeError(f"step {step}: the gradient is {norm}; pairs on this process: {[train[i]['id'] for i, _, _ in samples]}")
+        raise RuntimeError(f"step {step + 1}: the gradient is {norm}; ids of the pairs on this process: "
+                           f"{[train[i]['id'] for i, _, _ in samples]}")
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step)
     optimizer.step()
@@ -172,7 +174,7 @@ def train_step(step):
     return {**mean_over_all(parts), "grad_norm": norm, "lr": learning_rate(step)}
 
 
-before["held_out"] = now = evaluate()
+before["held_out"] = first = now = evaluate()
 if held_out:
     say(line(0, now, f"  held-out ({len(held_out)} pairs)"), flush=True)
 log = open(os.path.join(folder, "metrics.jsonl"), "w") if rank == 0 else None
@@ -191,8 +193,9 @@ for step in range(cfg["steps"]):
         say(line(step + 1, metrics, f"  |grad| {metrics['grad_norm']:.2f}  {metrics['seconds']:.2f}s"), flush=True)
     if "held_out" in metrics:
         say(line(step + 1, now, "  held-out"), flush=True)
-        if now["chosen"] < before["held_out"]["chosen"] - 0.5:  # likelihood displacement: margins grow while the answer is lost
-            say(f"warning: chosen log-prob fell from {before['held_out']['chosen']:.3f} to {now['chosen']:.3f}: raise sft_weight or lower lr")
+        if now["chosen"] < first["chosen"] - 0.5:  # likelihood displacement: margins grow while the answer is lost
+            say(f"warning: chosen log-prob fell from {first['chosen']:.3f} to {now['chosen']:.3f}: "
+                "raise sft_weight or lower lr")
 lap("train")
 
 # --------------------------------------------------------------------------------------- export, recall after
@@ -202,8 +205,8 @@ model.config.extend(cfg["window"])
 export = os.path.join(folder, "hf")
 if rank == 0:
     model.save_pretrained(export, state)
-    for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
-                 "generation_config.json"):
+    for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
+                 "chat_template.jinja", "generation_config.json"):
         if os.path.exists(os.path.join(cfg["model"], name)):
             shutil.copy(os.path.join(cfg["model"], name), export)
 dist.barrier()
@@ -212,7 +215,7 @@ after = {"recall": recalls(Llama.from_pretrained(export, dtype).to(device).eval(
 lap("recall_after")
 if rank == 0:
     seconds = {name: round(value, 1) for name, value in clock.items() if name != "start"}
-    write_json({"config": cfg, "before": before, "after": after, "pairs": len(pairs), "processes": world, "seconds": seconds,
-                "torch": torch.__version__}, os.path.join(folder, "result.json"))
-    say(f"{export}: the aligned model, opens in transformers; {folder}/result.json: " + ", ".join(f"{k} {v}s" for k, v in seconds.items()))
+    write_json({"config": cfg, "before": before, "after": after, "pairs": len(pairs), "processes": world,
+                "seconds": seconds, "torch": torch.__version__}, os.path.join(folder, "result.json"))
+    say(f"{export}: the aligned model; {folder}/result.json: before and after; seconds:", seconds)
 dist.destroy_process_group()

@@ -9,7 +9,7 @@ config = dict(
     threads=0,               # CPU threads of a process; 0: PyTorch's choice
 
     # examples -> pairs (METHOD: Sec. 3.2.2 of the paper)
-    examples="",             # .jsonl of {context, question, answers} or {question, answers, title, text}, or a .py with examples()
+    examples="",             # .jsonl of {context, question, answers} or {question, answers, title, text}; or a .py
     context_size=8,          # passages around a question, where the corpus is passages; tokens, where it is a .py
     n_examples=0,            # examples to build pairs from; 0: all
     pairs="",                # the pairs' file; empty: pairs.jsonl in the run's folder

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 import data
 from configs import load_config
@@ -193,7 +192,7 @@ def test_a_build_cut_at_any_byte_goes_on_to_the_same_file(tmp_path, capsys):
         assert build(path) == whole
     assert build(tmp_path / "whole.jsonl") == whole              # nothing left to do
     assert "pairs of 24 examples" in capsys.readouterr().out
-    with pytest.raises(BadInput, match="was built with delta=2, now it is 3"):
+    with pytest.raises(BadInput, match="was built with delta=1, now it is 3"):
         build(tmp_path / "whole.jsonl", "delta=3")
     for pair in data.load_pairs(tmp_path / "whole.jsonl", 2):
         answers = [data.normalize(a) for a in (pair["chosen"], *pair["rejected"])]
