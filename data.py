@@ -156,7 +156,7 @@ def select(scores, n_chunks, delta, max_critical, n_rejected, rng):
     def some(pool, n):
         return [pool[i] for i in rng.permutation(len(pool))[:n]]
 
-    irrelevant = rest[-max(n_chunks, len(rest) // 2):]
+    irrelevant = [i for i in rest[-max(n_chunks, len(rest) // 2):] if i not in near] or rest[-1:]
     rejected = [sorted(some(irrelevant, n_chunks) if j % 2 == 0 else near + some(far, n_chunks - len(near)))
                 for j in range(n_rejected)]
     training = critical + [i for i in near if i not in critical][:(n_chunks - len(critical) + 1) // 2]

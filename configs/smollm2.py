@@ -10,7 +10,7 @@ config = dict(
     model="models/smollm2",
     examples="data/nq_train.jsonl",
     context_size=8,
-    n_examples=200,
+    n_examples=240,
     prompt_tail="Answer this question in a few words: {question}?",
     chunk_size=512, n_chunks=8,       # a passage is about 130 tokens, so it is a chunk of its own
     delta=100, max_critical=1,        # no passage scores so high: the best one is the evidence

@@ -162,6 +162,12 @@ def test_each_prompt_sees_its_own_side_of_the_document():
         assert set(s.chosen) <= set(s.training) and s.training == sorted(set(s.training)) and len(s.training) == 4
 
 
+def test_a_short_document_still_gives_two_different_dispreferred_prompts():
+    s, _ = select([0, 9, 1, 2, 0, 1, 3, 0], n_chunks=8, max_critical=1, n_rejected=2)
+    assert s.chosen == [1] and s.training == list(range(8))
+    assert s.rejected[0] == [0, 4, 7] and s.rejected[1] == [0, 2, 3, 4, 5, 6, 7]
+
+
 def test_documents_with_one_side_only():
     assert select([0, 0, 0])[1] == "no critical chunk"
     assert select([9])[1] == "no irrelevant chunk"

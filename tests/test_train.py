@@ -88,7 +88,9 @@ def test_the_first_loss_is_the_papers_formula_on_transformers_logits(run):
     transformers = pytest.importorskip("transformers")
     result = json.loads((run() / "result.json").read_text())
     cfg = result["config"]
-    model = transformers.AutoModelForCausalLM.from_pretrained(ROOT / cfg["model"], dtype=torch.float64)
+    settings = transformers.AutoConfig.from_pretrained(ROOT / cfg["model"])
+    settings.rope_parameters["rope_theta"] = cfg["rope_theta"]
+    model = transformers.AutoModelForCausalLM.from_pretrained(ROOT / cfg["model"], config=settings, dtype=torch.float64)
     tokenizer, total = load_tokenizer(ROOT / cfg["model"]), 0.0
     pairs = data.load_pairs(cfg["pairs"], 2)[-cfg["held_out"]:]
     for pair in pairs:
