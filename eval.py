@@ -20,6 +20,8 @@ def recall(model, tokenizer, cfg, size, rank=0, world=1):
     With several processes each asks its share and all return the sum.
     """
     examples = read_examples(cfg, "recall", size)[rank::world]
+    if not all(example["answers"] for example in examples):
+        raise BadInput(f"{cfg['examples']}: some examples have no 'answers', recall_questions needs them")
     prompts, stops = [], ()
     for example in examples:
         prefix, suffix, stops = prompt_around(cfg, tokenizer, example["question"])

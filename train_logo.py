@@ -39,7 +39,7 @@ if torch.cuda.is_available():
     torch.cuda.set_device(device)
 torch.set_num_threads(cfg["threads"] or max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 per_rank, uneven = divmod(cfg["batch_size"], world)
-if uneven or not per_rank or per_rank % max(1, cfg["micro_batch"]):
+if uneven or not per_rank or not cfg["micro_batch"] or per_rank % cfg["micro_batch"]:
     raise BadInput(f"batch_size={cfg['batch_size']} is no multiple of {world} processes x "
                    f"micro_batch={cfg['micro_batch']}")
 if cfg["held_out"] % world:
