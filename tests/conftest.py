@@ -3,6 +3,8 @@ import os
 import sys
 from pathlib import Path
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: small tensors, and threads that wait for a busy core crawl
+
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
