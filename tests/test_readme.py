@@ -12,7 +12,7 @@ def test_every_named_file_exists():
     named = set(re.findall(r"(?:[\w-]+/)*[\w-]+\.(?:py|txt)\b", README))
     assert len(named) > 8
     for path in named:
-        assert any((ROOT / folder / path).is_file() for folder in (".", "tests", "models/tiny")), path
+        assert any((ROOT / folder / path).is_file() for folder in (".", "configs", "tests", "models/tiny")), path
 
 
 def test_the_map_from_equations_names_functions_that_exist():
