@@ -252,24 +252,19 @@ def build_block(cfg, model, tokenizer, evaluator, ids, examples):
     """The lines of a block of examples, in order. Rejected answers are only generated where the chosen one holds."""
     planned = [plan(cfg, tokenizer, evaluator, i, e) for i, e in zip(ids, examples)]
     generator = torch.Generator(model.lm_head.weight.device).manual_seed(cfg["seed"] * 1_000_003 + ids[0])
-    chosen = iter(answer(cfg, model, tokenizer, generator, [(row, s.chosen) for row, s in planned if s]))
-    for row, selection in planned:
-        if selection:
-            row["chosen"] = next(chosen)
-            fault = fault_of_chosen(row, cfg["require_correct"])
-            if fault:
-                row["dropped"] = fault
-    alive = [(row, s) for row, s in planned if "dropped" not in row]
+    alive = [(row, selection) for row, selection in planned if not row["dropped"]]
+    asked = [(row, selection.chosen) for row, selection in alive]
+    for (row, _), text in zip(alive, answer(cfg, model, tokenizer, generator, asked)):
+        row["chosen"], row["dropped"] = text, fault_of_chosen(text, row["answers"], cfg["require_correct"])
+    alive = [(row, selection) for row, selection in alive if not row["dropped"]]
     asked = [(row, picked) for row, selection in alive for picked in selection.rejected]
-    rejected = iter(answer(cfg, model, tokenizer, generator, asked))
-    for row, selection in planned:
-        if "dropped" not in row:
-            row["rejected"], fault = keep_rejected(row, [next(rejected) for _ in selection.rejected], cfg)
-            for key in ("scores", "chunks"):
-                row[key] = [row[key][i] for i in selection.training]
-            if fault:
-                row["dropped"] = fault
-        yield {"id": row["id"], "dropped": row["dropped"]} if "dropped" in row else row
+    texts = iter(answer(cfg, model, tokenizer, generator, asked))
+    for row, selection in alive:
+        row["rejected"], row["dropped"] = keep_rejected(row, [next(texts) for _ in selection.rejected], cfg)
+        row.update({key: [row[key][i] for i in selection.training] for key in ("chunks", "scores")})
+    for row, _ in planned:
+        reason = row.pop("dropped")
+        yield {"id": row["id"], "dropped": reason} if reason else row
 
 
 def answer(cfg, model, tokenizer, generator, asked):
@@ -285,7 +280,7 @@ def answer(cfg, model, tokenizer, generator, asked):
 
 
 def plan(cfg, tokenizer, evaluator, i, example):
-    """(row, Selection) of an example; the Selection is None, and row["dropped"] says why, where there is none."""
+    """(row, Selection) of an example; where there is no Selection, row["dropped"] says why."""
     chunks = chunk(example["context"], tokenizer, cfg["chunk_size"])
     wanted = evaluator(example["question"])
     if cfg["score_with"] == "question+answer":
@@ -293,18 +288,17 @@ def plan(cfg, tokenizer, evaluator, i, example):
     scores = [len(wanted & evaluator(tokenizer.decode(c))) for c in chunks]
     selection, reason = select(scores, cfg["n_chunks"], cfg["delta"], cfg["max_critical"],
                                cfg["candidates"] or cfg["n_rejected"], np.random.default_rng([cfg["seed"], i]))
-    row = {"id": i, "question": example["question"], "answers": example["answers"], "chunks": chunks, "scores": scores}
-    return {**row, "dropped": reason} if reason else row, selection
+    return {"id": i, "question": example["question"], "answers": example["answers"], "chunks": chunks, "scores": scores,
+            "dropped": reason}, selection
 
 
-def fault_of_chosen(row, require_correct):
+def fault_of_chosen(text, answers, require_correct):
     """Why a chosen answer makes no pair, or None."""
-    text = row["chosen"]
     if text is None:
         return "chosen unfinished"
     if not text.strip():
         return "chosen empty"
-    return "chosen wrong" if require_correct and row["answers"] and not is_right(text, row["answers"]) else None
+    return "chosen wrong" if require_correct and answers and not is_right(text, answers) else None
 
 
 def keep_rejected(row, candidates, cfg):

@@ -217,7 +217,7 @@ def test_degenerate_rejected_answers_are_refused(rejected, reason):
 
 @pytest.mark.parametrize("chosen, reason", [(None, "chosen unfinished"), (" ", "chosen empty"), (" Rome", "chosen wrong"), (" Turin", None)])
 def test_degenerate_chosen_answers_are_refused(chosen, reason):
-    assert data.fault_of_chosen({"chosen": chosen, "answers": ["Turin"]}, True) == reason
+    assert data.fault_of_chosen(chosen, ["Turin"], True) == reason
 
 
 # --------------------------------------------------------------------------------------------------- bad input
