@@ -147,7 +147,7 @@ def select(scores, n_chunks, delta, max_critical, n_rejected, rng):
     critical = critical or [i for i in ranked[:1] if scores[i] > 0]
     if not critical:
         return None, "no critical chunk"
-    rest = [i for i in ranked if i not in critical]
+    rest = [i for i in ranked if i not in critical and scores[i] <= delta]  # never evidence that the cap left over
     if not rest:
         return None, "no irrelevant chunk"
     near = (critical[(len(critical) + 1) // 2:] + rest)[:max(1, n_chunks // 2)]

@@ -172,7 +172,9 @@ def test_documents_with_one_side_only():
     assert select([0, 0, 0])[1] == "no critical chunk"
     assert select([9])[1] == "no irrelevant chunk"
     assert select([0, 3, 1])[0].chosen == [1]                  # nothing above delta: the best chunk
-    assert select([9, 9, 9, 9, 9], n_chunks=2)[0].chosen == [0, 1]
+    assert select([9, 9, 9, 9, 0], n_chunks=2)[0].chosen == [0, 1]
+    assert select([9, 9, 9, 9, 9], n_chunks=2)[1] == "no irrelevant chunk"  # what the cap leaves over is evidence still
+    assert select([9, 8, 9, 1, 0], max_critical=1)[0].rejected[0] == [4]
 
 
 def test_right_folds_case_articles_and_punctuation():
