@@ -189,11 +189,18 @@ def check_settings(cfg, tokenizer):
                          ("score_with", ("question", "question+answer"))):
         if cfg[key] not in allowed:
             raise BadInput(f"{key} is {cfg[key]!r}, expected one of {', '.join(allowed)}")
+    for key in ("n_chunks", "chunk_size", "n_rejected", "draws", "batch_size", "micro_batch", "build_batch", "recall_batch"):
+        if cfg[key] < 1:
+            raise BadInput(f"{key} is {cfg[key]}, expected at least 1")
+    if not 0 < cfg["top_p"] <= 1:
+        raise BadInput(f"top_p is {cfg['top_p']}, expected more than 0 and at most 1")
+    if 0 < cfg["candidates"] < cfg["n_rejected"]:
+        raise BadInput(f"candidates is {cfg['candidates']}, expected 0 or at least n_rejected={cfg['n_rejected']}")
     if "{question}" not in cfg["prompt_tail"]:
         raise BadInput(f"prompt_tail is {cfg['prompt_tail']!r}, expected a text with {{question}} in it")
     prefix, suffix, _ = prompt_around(cfg, tokenizer, "")
     left = cfg["window"] - len(prefix) - len(suffix) - cfg["n_chunks"] * cfg["chunk_size"]
-    if left < cfg["max_new_tokens"] or min(cfg["n_chunks"], cfg["chunk_size"], cfg["n_rejected"], cfg["draws"]) < 1:
+    if left < cfg["max_new_tokens"]:
         raise BadInput(f"{cfg['n_chunks']} chunks of {cfg['chunk_size']} tokens leave {left} of window={cfg['window']} "
                        f"for question and answer (max_new_tokens={cfg['max_new_tokens']}): lower n_chunks or chunk_size")
 
@@ -233,7 +240,7 @@ def build_pairs(cfg, model, tokenizer, evaluator=words_evaluator):
     check_settings(cfg, tokenizer)
     path, examples = pairs_path(cfg), read_examples(cfg, "train")
     done = start_file(path, {key: cfg[key] for key in BUILD_KEYS})
-    size = max(1, cfg["build_batch"])
+    size = cfg["build_batch"]
     with open(path, "a", encoding="utf-8") as f, tqdm(total=len(examples), desc="pairs", disable=None) as bar:
         for start in range(0, len(examples), size):
             ids = range(start, min(start + size, len(examples)))

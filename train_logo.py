@@ -38,14 +38,14 @@ if torch.cuda.is_available():
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     torch.cuda.set_device(device)
 torch.set_num_threads(cfg["threads"] or max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+tokenizer = load_tokenizer(cfg["model"], cfg["template"])
+check_settings(cfg, tokenizer)
 per_rank, uneven = divmod(cfg["batch_size"], world)
-if uneven or not per_rank or not cfg["micro_batch"] or per_rank % cfg["micro_batch"]:
+if uneven or per_rank % cfg["micro_batch"]:
     raise BadInput(f"batch_size={cfg['batch_size']} is no multiple of {world} processes x "
                    f"micro_batch={cfg['micro_batch']}")
 if cfg["held_out"] % world:
     raise BadInput(f"held_out={cfg['held_out']} is no multiple of {world} processes")
-tokenizer = load_tokenizer(cfg["model"], cfg["template"])
-check_settings(cfg, tokenizer)
 dtype = getattr(torch, cfg["dtype"])
 policy = Llama.from_pretrained(cfg["model"], dtype).to(device).eval()  # answers questions; trained from its file below
 
