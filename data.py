@@ -11,7 +11,6 @@
 
     python data.py configs/NAME.py key=value      builds the pairs, or goes on building them
 """
-import importlib.util
 import json
 import os
 import re
@@ -23,7 +22,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from configs import load_config
+from configs import load_config, run_file
 from model import IGNORE, BadInput, Llama
 from tokenizer import load_tokenizer
 
@@ -54,13 +53,10 @@ def read_examples(cfg, split, size=None):
     path, size = cfg["examples"], size or cfg["context_size"]
     train, count = cfg["n_examples"], cfg["recall_questions"]
     if path.endswith(".py"):
-        if not os.path.isfile(path) or not train:
-            raise BadInput(f"{path}: no such file" if train else "n_examples is 0: a generated corpus has no end")
-        spec = importlib.util.spec_from_file_location("corpus", path)
-        corpus = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(corpus)
+        if not train:
+            raise BadInput(f"n_examples is 0, expected how many to take from {path}: a generated corpus has no end")
         seed = cfg["seed"] * 1_000_003 + (size + 1 if split == "recall" else 0)
-        return list(corpus.examples(train if split == "train" else count, size, seed))
+        return list(run_file(path).examples(train if split == "train" else count, size, seed))
     rows = [checked_example(row, f"{path}, line {number}") for number, row in read_lines(path)]
     order = np.random.default_rng(cfg["seed"]).permutation(len(rows))
     train = min(train or len(rows), len(rows))
@@ -227,7 +223,7 @@ def start_file(path, header):
                     raise BadInput(f"{path}: was built with {key}={built.get(key)!r}, now it is {header[key]!r}: "
                                    "name another file with pairs=, or remove this one")
         else:
-            done.add(row["id"])
+            done.add(row.get("id"))
     return done
 
 

@@ -7,13 +7,19 @@ import os
 from model import BadInput
 
 
-def read_config(path):
-    """The dict `config` of a config file."""
+def run_file(path):
+    """The module that a Python file makes."""
     if not os.path.isfile(path):
-        raise BadInput(f"{path}: no such config file")
-    spec = importlib.util.spec_from_file_location("config_file", path)
+        raise BadInput(f"{path}: no such file")
+    spec = importlib.util.spec_from_file_location("file", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+def read_config(path):
+    """The dict `config` of a config file."""
+    module = run_file(path)
     if not isinstance(getattr(module, "config", None), dict):
         raise BadInput(f"{path}: expected a dict named 'config'")
     return module.config

@@ -19,7 +19,7 @@ config = dict(
     beta=2.5, gamma=0.25, sft_weight=0.5,
     steps=32, batch_size=2, lr=3e-5,
     checkpointing=False,
-    threads=1,                        # the same numbers on any machine; more threads are faster on a quiet one
+    threads=1,                        # the same numbers on any machine
     held_out=8, eval_interval=0, log_interval=1,
     recall_sizes=[8], recall_questions=100, recall_batch=10,
 )
