@@ -16,6 +16,7 @@ import os
 import re
 import sys
 from collections import Counter
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -23,7 +24,8 @@ import torch
 from tqdm import tqdm
 
 from configs import load_config, run_file
-from model import IGNORE, BadInput, Llama
+from checkpoint import load_pretrained
+from model import IGNORE, BadInput
 from tokenizer import load_tokenizer
 
 
@@ -227,11 +229,12 @@ def start_file(path, header):
     return done
 
 
-def build_pairs(cfg, model, tokenizer, evaluator=words_evaluator):
+def build_pairs(cfg, policy, tokenizer, evaluator=words_evaluator):
     """Append a line for each example to the pairs' file: a pair, or {"id", "dropped": reason}.
 
     Examples go through in blocks of build_batch, whose sampling is seeded by the block: an interrupted build that
-    goes on writes the same file as one that was left alone.
+    goes on writes the same file as one that was left alone. policy: a function that opens the model; it is not
+    called where no pair is missing.
     """
     check_settings(cfg, tokenizer)
     path, examples = pairs_path(cfg), read_examples(cfg, "train")
@@ -241,7 +244,7 @@ def build_pairs(cfg, model, tokenizer, evaluator=words_evaluator):
         for start in range(0, len(examples), size):
             ids = range(start, min(start + size, len(examples)))
             if not done.issuperset(ids):
-                for row in build_block(cfg, model, tokenizer, evaluator, ids, [examples[i] for i in ids]):
+                for row in build_block(cfg, policy(), tokenizer, evaluator, ids, [examples[i] for i in ids]):
                     if row["id"] not in done:
                         f.write(json.dumps(row, ensure_ascii=False) + "\n")
                 f.flush()
@@ -451,4 +454,5 @@ if __name__ == "__main__":
     tok = load_tokenizer(config["model"], config["template"])
     check_settings(config, tok)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    build_pairs(config, Llama.from_pretrained(config["model"], getattr(torch, config["dtype"])).to(device).eval(), tok)
+    build_pairs(config, cache(lambda: load_pretrained(config["model"], getattr(torch, config["dtype"]), device,
+                                                      config["adapter"])), tok)

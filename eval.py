@@ -8,9 +8,10 @@ import time
 import torch
 import torch.distributed as dist
 
+from checkpoint import load_pretrained
 from configs import load_config
 from data import chunk, exit_on_bad_input, is_right, prompt_around, read_examples
-from model import BadInput, Llama
+from model import BadInput
 from tokenizer import load_tokenizer
 
 
@@ -47,7 +48,7 @@ if __name__ == "__main__":
         raise BadInput("recall_sizes and recall_questions are empty: nothing to ask")
     torch.set_num_threads(cfg["threads"] or torch.get_num_threads())
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = Llama.from_pretrained(folder, getattr(torch, cfg["dtype"])).to(device).eval()
+    model = load_pretrained(folder, getattr(torch, cfg["dtype"]), device)
     for size in cfg["recall_sizes"]:
         start = time.time()
         right, asked = recall(model, load_tokenizer(folder, cfg["template"]), cfg, size)

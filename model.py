@@ -1,8 +1,8 @@
 """A Llama in plain PyTorch that scores many answers to one prompt at the cost of one prompt.
 
 Read top to bottom: the config of a Hugging Face folder, rotary positions, attention over segments, the
-block, the model with its answer-only head, generation, safetensors in and out. Parameters carry Hugging Face
-names and Hugging Face's half-split rotary layout, so weights move in and out untouched.
+block, LoRA, the model with its answer-only head, generation. Parameters carry Hugging Face names and Hugging
+Face's half-split rotary layout, so weights move in and out untouched (checkpoint.py).
 
 The model has no batch dimension. A batch is one stream of T tokens, cut into segments:
 
@@ -19,20 +19,21 @@ D head dim, C hidden size, V vocabulary.
 import json
 import math
 import os
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from torch.autograd.graph import save_on_cpu
 from torch.nn.attention.bias import causal_lower_right
+from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 
 try:
     from flash_attn import flash_attn_varlen_func
-except ImportError:  # optional: without it, and on CPU, attention runs through PyTorch's SDPA
+except ImportError:  # optional: PyTorch carries a flash kernel too
     flash_attn_varlen_func = None
 
 IGNORE = -100      # target of a token that nobody scores
@@ -83,8 +84,9 @@ class LlamaConfig:
         return cls(**{"num_key_value_heads": heads, "head_dim": raw["hidden_size"] // heads,
                       "max_position_embeddings": 2048, **known, "rope": read_rope(raw, path), "raw": raw})
 
-    def extend(self, window):
-        """Announce a longer window to whoever opens the export, without changing any frequency."""
+    def extend(self, window, rope_theta=0.0):
+        """Announce a longer window to whoever opens the export, and change the RoPE base where one is given."""
+        self.rope["rope_theta"] = rope_theta or self.rope["rope_theta"]
         if self.rope["rope_type"] == "yarn":
             self.rope.setdefault("original_max_position_embeddings", self.max_position_embeddings)
         if self.rope["rope_type"] != "dynamic":  # dynamic NTK computes its frequencies from the original window
@@ -126,6 +128,13 @@ def read_json(path):
         raise BadInput(f"{path}: cannot be read ({e.strerror})") from e
     except (ValueError, TypeError) as e:  # no JSON, no UTF-8, or no object
         raise BadInput(f"{path}: expected a JSON object, found {e}") from e
+
+
+def write_json(value, path):
+    with open(path + ".tmp", "w", encoding="utf-8") as f:
+        json.dump(value, f, indent=2, ensure_ascii=False)
+        f.write("\n")
+    os.replace(path + ".tmp", path)
 
 
 # ---------------------------------------------------------------------------------------------------- rotary
@@ -201,6 +210,20 @@ def rotate(x, cos, sin):
 
 # ------------------------------------------------------------------------------------------------- attention
 
+def varlen_kernel(device, dtype):
+    """The flash kernel that attends over many sequences in one call, or None: flash-attn's, else PyTorch's own.
+
+    Both align a causal mask at the bottom right: of 2 queries and 5 keys, the first query sees 4. Flash kernels
+    want 16-bit floats, an Ampere GPU or newer, and a head dim that is a multiple of 8, at most 256.
+    """
+    if (torch.device(device).type != "cuda" or dtype not in (torch.bfloat16, torch.float16)
+            or torch.cuda.get_device_capability(device) < (8, 0)):
+        return None
+    if flash_attn_varlen_func is not None:
+        return partial(flash_attn_varlen_func, causal=True)
+    return partial(varlen_attn, window_size=(-1, 0), enable_gqa=True)
+
+
 class SegmentAttention:
     """Attention over a stream's segments: (T, H, D), (T, K, D), (T, K, D) -> (T, H, D). One layout, all layers.
 
@@ -209,19 +232,22 @@ class SegmentAttention:
     """
 
     def __init__(self, segments, device):
-        self.segments = segments
-        if flash_attn_varlen_func is not None and torch.device(device).type == "cuda":
-            queries = [end - start for start, end, _, _ in segments]
-            keys = [end - start + p_end - p_start for start, end, p_start, p_end in segments]
-            self.key_index = torch.cat([torch.arange(a, b) for start, end, p_start, p_end in segments
-                                        for a, b in ((p_start, p_end), (start, end))]).to(device)
-            self.lengths = [torch.tensor([0, *n], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
-                            for n in (queries, keys)] + [max(queries), max(keys)]
+        self.segments, self.device = segments, device
+
+    @cached_property
+    def packed(self):
+        """For the varlen kernel: where in the stream each segment's keys are, and the segments' lengths."""
+        queries = [end - start for start, end, _, _ in self.segments]
+        keys = [end - start + p_end - p_start for start, end, p_start, p_end in self.segments]
+        key_index = torch.cat([torch.arange(a, b) for start, end, p_start, p_end in self.segments
+                               for a, b in ((p_start, p_end), (start, end))]).to(self.device)
+        offsets = [torch.tensor([0, *n]).cumsum(0, dtype=torch.int32).to(self.device) for n in (queries, keys)]
+        return key_index, (*offsets, max(queries), max(keys))
 
     def __call__(self, q, k, v):
-        # one call for the whole stream; causal is bottom-right; flash-attn takes 16-bit floats only
-        if q.is_cuda and flash_attn_varlen_func is not None and q.dtype in (torch.bfloat16, torch.float16):
-            return flash_attn_varlen_func(q, k[self.key_index], v[self.key_index], *self.lengths, causal=True)
+        if kernel := varlen_kernel(q.device, q.dtype):
+            key_index, lengths = self.packed
+            return kernel(q, k[key_index], v[key_index], *lengths)  # a prompt's keys once more for each answer to it
         out = []
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # (1, heads, T, D)
         for start, end, p_start, p_end in self.segments:
@@ -270,15 +296,36 @@ class Block(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = MLP(config)
         self.checkpointing = False  # keep only the block's input, compute the rest again in backward
+        self.offload = False        # and keep it in host memory
 
     def forward(self, x, cos, sin, attend):
-        if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(self.compute, x, cos, sin, attend, use_reentrant=False)
-        return self.compute(x, cos, sin, attend)
+        if not (self.checkpointing and torch.is_grad_enabled()):
+            return self.compute(x, cos, sin, attend)
+        compute = partial(self.compute, cos=cos, sin=sin, attend=attend)  # bound: what all blocks share stays put
+        with save_on_cpu(pin_memory=x.is_cuda) if self.offload else nullcontext():  # takes what checkpoint keeps: x
+            return checkpoint(compute, x, use_reentrant=False)
 
     def compute(self, x, cos, sin, attend):
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
         return x + self.mlp(self.post_attention_layernorm(x))
+
+
+# ------------------------------------------------------------------------------------------------------ LoRA
+
+class LoRALinear(nn.Linear):
+    """y = W x + alpha / r * B A x (arXiv 2106.09685). W keeps its name and is frozen; A is (r, in), B (out, r).
+
+    The names lora_A.weight and lora_B.weight are those of PEFT's files.
+    """
+
+    def __init__(self, linear, r, alpha):
+        super().__init__(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
+        self.weight, self.bias, self.scale = linear.weight, linear.bias, alpha / r
+        self.lora_A = nn.Linear(self.in_features, r, bias=False, device=linear.weight.device)
+        self.lora_B = nn.Linear(r, self.out_features, bias=False, device=linear.weight.device)
+
+    def forward(self, x):
+        return super().forward(x) + self.scale * self.lora_B(self.lora_A(x))
 
 
 # ----------------------------------------------------------------------------------------------------- Llama
@@ -295,9 +342,35 @@ class Llama(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def set_checkpointing(self, on):
+    def train_only(self, lora_r, lora_alpha, lora_targets, train_also):
+        """Put LoRA on projections, and freeze all else but what train_also names. lora_r 0: everything trains.
+
+        lora_targets: names of projections, train_also: parts of parameter names; both texts with commas.
+        """
+        targets, parts = ([word.strip() for word in text.split(",") if word.strip()] for text in (lora_targets, train_also))
+        if not lora_r:
+            if parts:
+                raise BadInput(f"train_also={train_also!r} needs lora_r: at lora_r=0 every parameter trains")
+            return
+        known = {name.split(".")[-1]: name for name, m in self.model.layers[0].named_modules() if isinstance(m, nn.Linear)}
+        if not targets or not known.keys() >= set(targets):
+            raise BadInput(f"lora_targets={lora_targets!r}: expected some of {','.join(known)}")
         for block in self.model.layers:
-            block.checkpointing = on
+            for target in targets:
+                parent = block.get_submodule(known[target].rpartition(".")[0])
+                setattr(parent, target, LoRALinear(getattr(parent, target), lora_r, lora_alpha))
+        for name, p in self.named_parameters():
+            p.requires_grad = "lora_" in name or any(part in name for part in parts)
+            if p.requires_grad and "lora_" not in name and name.split(".")[-2] in targets:
+                raise BadInput(f"train_also={train_also!r} names {name}, which has LoRA")
+        for part in parts:
+            if not any(part in name for name, _ in self.named_parameters()):
+                raise BadInput(f"train_also: {part!r} is in no parameter's name")
+
+    def set_checkpointing(self, on, offload=False):
+        """Recompute each block in backward from its input (T, C); offload keeps those inputs in host memory."""
+        for block in self.model.layers:
+            block.checkpointing, block.offload = on, offload
 
     def trunk(self, tokens, positions, span, attend):
         """Last hidden state (T, C) of a stream. attend: one callable for all layers, or a list with one a layer."""
@@ -371,48 +444,6 @@ class Llama(nn.Module):
             x = self.trunk(tokens, positions, positions[:, None] + 1, cache.decode(device, step))
         return out
 
-    # ------------------------------------------------------------------------------------- safetensors files
-
-    @classmethod
-    def from_pretrained(cls, folder, dtype=torch.float32):
-        """Open a Hugging Face folder on the CPU. BadInput for a missing, unexpected or misshapen tensor."""
-        config = LlamaConfig.from_json(os.path.join(folder, "config.json"))
-        with torch.device("meta"):
-            model = cls(config)
-        wanted = dict(model.named_parameters())
-        files = weight_files(folder)
-        missing = sorted(wanted.keys() - files.keys())
-        extra = sorted(n for n in files.keys() - wanted.keys() if n != "lm_head.weight" and "rotary_emb" not in n)
-        if missing or extra:
-            name, what = (missing[0], "missing") if missing else (extra[0], "not a tensor of this model")
-            raise BadInput(f"{folder}: {name} is {what} ({len(missing)} missing, {len(extra)} unexpected)")
-        state = {}
-        for path in sorted({files[name] for name in wanted}):
-            with open_safetensors(path) as f:
-                for name in (n for n in wanted if files[n] == path):
-                    shape, expected = f.get_slice(name).get_shape(), list(wanted[name].shape)
-                    if shape != expected:
-                        raise BadInput(f"{path}: {name} has shape {shape}, config.json says {expected}")
-                    state[name] = f.get_tensor(name).to(dtype)
-        model.load_state_dict(state, strict=False, assign=True)  # the tied head is the one name left out
-        if config.tie_word_embeddings:
-            model.lm_head.weight = model.model.embed_tokens.weight
-        return model
-
-    def save_pretrained(self, folder, state=None):
-        """Write config.json and model.safetensors, which transformers opens; atomic file by file.
-
-        state: the full tensors by name, where the parameters themselves are sharded.
-        """
-        state = dict(self.named_parameters()) if state is None else state
-        state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-        os.makedirs(folder, exist_ok=True)
-        path = os.path.join(folder, "model.safetensors")
-        save_file(state, path + ".tmp", metadata={"format": "pt"})
-        os.replace(path + ".tmp", path)
-        dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
-        write_json({**self.config.to_json(), "dtype": dtype}, os.path.join(folder, "config.json"))
-
 
 def group_spans(positions, segments):
     """(T, 1): largest position + 1 of each token's own group, so that groups do not see each other's lengths."""
@@ -462,40 +493,3 @@ class KVCache:
             return F.scaled_dot_product_attention(q[:, :, None], keys, values, attn_mask=seen, enable_gqa=True)[:, :, 0]
 
         return [partial(attend, i) for i in range(len(self.layers))]
-
-
-def weight_files(folder):
-    """{tensor name: path} from model.safetensors, or from the shards that model.safetensors.index.json names."""
-    index = os.path.join(folder, "model.safetensors.index.json")
-    single = os.path.join(folder, "model.safetensors")
-    if os.path.exists(index):
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise BadInput(f"{index}: no 'weight_map' from tensor names to files")
-        files = {name: os.path.join(folder, shard) for name, shard in weight_map.items()}
-    elif os.path.exists(single):
-        with open_safetensors(single) as f:
-            return {name: single for name in f.keys()}
-    else:
-        raise BadInput(f"{folder}: neither model.safetensors nor model.safetensors.index.json is there")
-    for path in sorted(set(files.values())):
-        with open_safetensors(path) as f:
-            held = set(f.keys())
-        lost = sorted(name for name, where in files.items() if where == path and name not in held)
-        if lost:
-            raise BadInput(f"{path}: {lost[0]} is not in this shard, though {os.path.basename(index)} says so")
-    return files
-
-
-def open_safetensors(path):
-    try:
-        return safe_open(path, framework="pt")
-    except (OSError, SafetensorError) as e:
-        raise BadInput(f"{path}: not a readable safetensors file ({e})") from e
-
-
-def write_json(value, path):
-    with open(path + ".tmp", "w", encoding="utf-8") as f:
-        json.dump(value, f, indent=2, ensure_ascii=False)
-        f.write("\n")
-    os.replace(path + ".tmp", path)

@@ -2,30 +2,38 @@
 
     torchrun --standalone train_logo.py                                     configs/tiny.py: all of it on a laptop CPU
     torchrun --standalone --nproc_per_node=8 train_logo.py configs/llama3_8b_80k.py lr=2e-5 steps=50
+    torchrun --standalone --nproc_per_node=8 train_logo.py configs/llama3_8b_80k.py resume=auto     after a kill
 
-Reads a Hugging Face folder and writes, under out/NAME: pairs.jsonl, metrics.jsonl, result.json, hf/ (the aligned
-model), config.json and source/ (what made it). One process and many take the same path.
+Reads a Hugging Face folder and writes, under out/NAME: pairs.jsonl, metrics.jsonl, step_000100/ (to resume),
+result.json, hf/ (the aligned model), adapter/ (LoRA), config.json and source/ (what made it). One process and many
+take the same path.
 """
+import fcntl
 import glob
 import json
 import math
 import os
 import shutil
+import signal
 import sys
 import time
 from datetime import timedelta
+from functools import cache
 
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from checkpoint import (find_checkpoint, load_adapter, load_checkpoint, load_pretrained, load_weights, prune,
+                        read_adapter, save_adapter, save_checkpoint, save_pretrained, sha256, start_lora)
 from configs import load_config
 from data import (build_pairs, check_settings, collate, encode_group, exit_on_bad_input, load_pairs, pairs_path,
                   run_folder, step_samples)
 from eval import recall
 from loss import logo_loss
-from model import BadInput, Llama, write_json
+from model import BadInput, Llama, LlamaConfig, write_json
+from plan import count_parameters, describe, peak_flops, peak_memory, step_flops, throughput
 from tokenizer import load_tokenizer
 
 # ------------------------------------------------------------------------------------------------------ set up
@@ -46,15 +54,46 @@ if uneven or per_rank % cfg["micro_batch"]:
                    f"micro_batch={cfg['micro_batch']}")
 if cfg["held_out"] % world:
     raise BadInput(f"held_out={cfg['held_out']} is no multiple of {world} processes")
+if world % (shard_size := cfg["shard_size"] or world):
+    raise BadInput(f"shard_size={shard_size} does not divide {world} processes")
+if cfg["offload_activations"] and not cfg["checkpointing"]:
+    raise BadInput("offload_activations=True needs checkpointing=True: only the blocks' inputs go to the host")
 dtype = getattr(torch, cfg["dtype"])
-policy = Llama.from_pretrained(cfg["model"], dtype).to(device).eval()  # answers questions; trained from its file below
+lora = {"lora_r": cfg["lora_r"], "lora_alpha": cfg["lora_alpha"], "lora_targets": cfg["lora_targets"],
+        "train_also": cfg["train_also"]}
+with torch.device("meta"):  # shapes only; each process will read its own rows of the weights
+    model = Llama(LlamaConfig.from_json(os.path.join(cfg["model"], "config.json")))
+    model.config.extend(cfg["window"], cfg["rope_theta"])
+    model.train_only(**lora)
+if cfg["adapter"]:
+    found = read_adapter(cfg["adapter"], model.config)
+    for key in ("lora_r", "lora_alpha"):
+        if found[key] != cfg[key]:
+            raise BadInput(f"{cfg['adapter']}: was made with {key}={found[key]}, this run has {key}={cfg[key]}")
 
 # Rank 0 may write pairs for hours while the others wait. A lone process needs no rendezvous.
 alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=24), **alone)
+dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=24), **alone)
 sys.excepthook = exit_on_bad_input  # init_process_group has put its own in front
 folder, clock = run_folder(cfg), {"start": time.time()}
 say = print if rank == 0 else lambda *args, **kwargs: None
+
+if rank == 0:
+    os.makedirs(folder, exist_ok=True)
+    lock = open(os.path.join(folder, ".lock"), "w")  # a killed torchrun can leave its processes at work
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as e:
+        raise BadInput(f"{folder}: another run is at work here") from e
+
+# How a run is run, not what it computes: these may change when it is resumed.
+FREE = """name out model examples pairs adapter threads micro_batch checkpointing offload_activations offload_params shard_size
+save_interval keep resume log_interval eval_interval recall_sizes recall_questions recall_batch""".split()
+resumed, state = find_checkpoint(folder, cfg["resume"])
+for key in cfg if resumed else ():
+    if key not in FREE and state["config"].get(key) != cfg[key]:
+        raise BadInput(f"{resumed}: was saved with {key}={state['config'].get(key)!r}, now it is {cfg[key]!r}: "
+                       "resume with the old value, or name another out=")
 if rank == 0:
     os.makedirs(os.path.join(folder, "source"), exist_ok=True)
     here = os.path.dirname(os.path.abspath(__file__))
@@ -63,11 +102,17 @@ if rank == 0:
     write_json(cfg, os.path.join(folder, "config.json"))
 
 
+@cache
+def policy():
+    """The whole model that is trained, as it is before: to write answers. Opened only where answers are missing."""
+    return load_pretrained(cfg["model"], dtype, device, cfg["adapter"])
+
+
 def recalls(model, label):
-    """Right answers at each context size: {size: [right, asked]}."""
+    """Right answers at each context size: {size: [right, asked]}. model: a function that opens it."""
     found = {}
     for size in cfg["recall_sizes"] if cfg["recall_questions"] else []:
-        found[size] = right, asked = recall(model, tokenizer, cfg, size, rank, world)
+        found[size] = right, asked = recall(model(), tokenizer, cfg, size, rank, world)
         say(f"recall {label:24s} context {size:6d}  {right:4d} of {asked:4d}  {right / asked:.3f}", flush=True)
     return found
 
@@ -79,38 +124,63 @@ def lap(name):
 
 # ---------------------------------------------------------------------------------------- recall before, pairs
 
-say(f"{cfg['name']}: {cfg['model']}, {sum(p.numel() for p in policy.parameters()):,} parameters, "
-    f"{world} process(es) on {device.type}, window {cfg['window']}, M = {cfg['n_rejected']}")
-before = {"recall": recalls(policy, "before")}
-if cfg["rope_theta"]:  # what the longer base alone does: the control that training has to beat
-    theta, policy.config.rope["rope_theta"] = policy.config.rope["rope_theta"], cfg["rope_theta"]
-    before["recall_rope_theta"] = recalls(policy, "before, rope_theta only")
-    policy.config.rope["rope_theta"] = theta
-lap("recall_before")
-if rank == 0:
-    build_pairs(cfg, policy, tokenizer)
-dist.barrier()
-lap("pairs")
-del policy
+trained, frozen = count_parameters(model)
+say(f"{cfg['name']}: {cfg['model']}, {trained:,} trained + {frozen:,} frozen parameters, {world} process(es) on "
+    f"{device.type}, window {cfg['window']}, M = {cfg['n_rejected']}", flush=True)
+if resumed:
+    before = state["before"]
+    say(f"resumed from {resumed}")
+else:
+    before = {"recall": recalls(policy, "before")}
+    if cfg["rope_theta"] and before["recall"]:  # what the longer base alone does: the control that training has to beat
+        theta, policy().config.rope["rope_theta"] = policy().config.rope["rope_theta"], cfg["rope_theta"]
+        before["recall_rope_theta"] = recalls(policy, "before, rope_theta only")
+        policy().config.rope["rope_theta"] = theta
+    lap("recall_before")
+    if rank == 0:
+        build_pairs(cfg, policy, tokenizer)
+    dist.barrier()
+    lap("pairs")
+policy.cache_clear()
 pairs = load_pairs(pairs_path(cfg), cfg["n_rejected"])
+pairs_digest = sha256(pairs_path(cfg))
+if resumed and state["pairs"] != pairs_digest:
+    raise BadInput(f"{pairs_path(cfg)}: not the pairs that {resumed} was trained on (their sha256 differs)")
 train, held_out = pairs[:len(pairs) - cfg["held_out"]], pairs[len(pairs) - cfg["held_out"]:]
 if not train:
     raise BadInput(f"{pairs_path(cfg)}: {len(pairs)} pairs, expected more than held_out={cfg['held_out']}")
 
 # --------------------------------------------------------------------------------------------- model, optimizer
 
-model = Llama.from_pretrained(cfg["model"], torch.float32).to(device)  # float32 masters; the forward runs in dtype
-model.set_checkpointing(cfg["checkpointing"])
-if cfg["rope_theta"]:
-    model.config.rope["rope_theta"] = cfg["rope_theta"]
+for p in model.parameters():
+    p.data = p.data.to(torch.float32 if p.requires_grad else dtype)  # masters of what trains; the forward runs in dtype
+model.set_checkpointing(cfg["checkpointing"], cfg["offload_activations"])
 mesh = dist.init_device_mesh(device.type, (world,))
-mixed = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+if shard_size < world:  # shard inside a node, replicate across: gathering stays off the slow wires
+    mesh = dist.init_device_mesh(device.type, (world // shard_size, shard_size), mesh_dim_names=("replicate", "shard"))
+how = {"mesh": mesh, "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32),
+       "offload_policy": CPUOffloadPolicy(device.type == "cuda") if cfg["offload_params"] else OffloadPolicy()}
 for block in model.model.layers:
-    fully_shard(block, mesh=mesh, mp_policy=mixed)
-fully_shard(model, mesh=mesh, mp_policy=mixed)  # the root keeps embeddings and head gathered until backward
-decayed = [{"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": cfg["weight_decay"]},
-           {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0}]
-optimizer = torch.optim.AdamW(decayed, lr=cfg["lr"], betas=(cfg["beta1"], cfg["beta2"]), foreach=True)
+    fully_shard(block, **how)
+fully_shard(model, **how)  # the root keeps embeddings and head gathered until backward
+model.to_empty(device="cpu" if cfg["offload_params"] else device)
+with torch.no_grad():
+    load_weights(model, cfg["model"])
+    load_adapter(model, cfg["adapter"]) if cfg["adapter"] else start_lora(model, cfg["seed"])
+trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def decays(name, p):
+    """Matrices that multiply. Not norms and biases; not lookup tables; not LoRA's B, which starts at zero."""
+    table = "embed_tokens" in name and not model.config.tie_word_embeddings
+    return p.ndim > 1 and "lora_B" not in name and not table
+
+
+decayed = [{"params": [p for name, p in trainable.items() if decays(name, p)], "weight_decay": cfg["weight_decay"]},
+           {"params": [p for name, p in trainable.items() if not decays(name, p)], "weight_decay": 0.0}]
+optimizer = torch.optim.AdamW(decayed, lr=cfg["lr"], betas=(cfg["beta1"], cfg["beta2"]), fused=True)
+if resumed:
+    load_checkpoint(resumed, state, model, optimizer)
 
 
 def learning_rate(step):
@@ -121,13 +191,19 @@ def learning_rate(step):
     return cfg["lr"] * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, cfg["steps"] - warm)))
 
 
+def pack(samples, source):
+    """(pair index, draw, epoch) triples as one packed batch."""
+    return collate([encode_group(source[i], tokenizer, cfg, draw, epoch) for i, draw, epoch in samples])
+
+
 def groups_loss(samples, source):
     """Loss and metrics of (pair index, draw, epoch) triples: one packed batch, one forward."""
-    batch = collate([encode_group(source[i], tokenizer, cfg, draw, epoch) for i, draw, epoch in samples])
+    batch = pack(samples, source)
     sums, lengths = model(*(x.to(device) for x in batch[:3]), batch.segments)
     logps = (sums / lengths).view(len(samples), -1)  # (N, M + 1) mean log-probs, the chosen first
     loss, metrics = logo_loss(logps[:, 0], logps[:, 1:], cfg["beta"], cfg["gamma"], cfg["sft_weight"])
-    return loss, {"loss": loss.detach(), **metrics}
+    work = torch.tensor([len(batch.tokens), step_flops(model, batch.segments, int(lengths.sum())) / 1e12], device=device)
+    return loss, {"loss": loss.detach(), **metrics, "tokens": work[0], "tflop": work[1]}
 
 
 def mean_over_all(parts):
@@ -143,7 +219,7 @@ def evaluate():
     mine = [(i, 0, 0) for i in range(rank, len(held_out), world)]
     parts = [groups_loss([sample], held_out)[1] for sample in mine]
     model.reshard()  # without a backward nobody else gives the root's gathered parameters back
-    return mean_over_all(parts) if parts else {}
+    return {key: value for key, value in mean_over_all(parts).items() if key not in ("tokens", "tflop")} if parts else {}
 
 
 def line(step, metrics, extra=""):
@@ -151,71 +227,163 @@ def line(step, metrics, extra=""):
            "rejected {rejected:.3f}  sft {sft:.3f}".format(step, **metrics) + extra
 
 
+def estimate():
+    """What rank 0 prints before the first step, from the groups of that step: work, and the peak of memory."""
+    samples, micro = step_samples(len(train), cfg, 0), cfg["micro_batch"]
+    batches = [pack(samples[i:i + micro], train) for i in range(0, len(samples), micro)]
+    largest = max(batches, key=lambda batch: len(batch.tokens))
+    scored = sum(end - start for start, end, _, p_end in largest.segments if p_end)
+    memory = peak_memory(model, cfg, len(largest.tokens), scored, shard_size)
+    say(describe(trained, frozen, sum(len(batch.tokens) for batch in batches), memory), flush=True)
+
+
 # --------------------------------------------------------------------------------------------------------- loop
 
 def train_step(step):
     """Forward and backward over this process's share of the step's groups, clip, update. Metrics of the whole step."""
-    samples = step_samples(len(train), cfg, step)[rank * per_rank:(rank + 1) * per_rank]
+    everyone = step_samples(len(train), cfg, step)
+    samples = everyone[rank * per_rank:(rank + 1) * per_rank]
     parts = []
     for i in range(0, per_rank, cfg["micro_batch"]):
-        model.set_requires_gradient_sync(i + cfg["micro_batch"] >= per_rank)  # reduce once a step
+        # LoRA's gradients are reduced once a step; unsharded till then, all weights' would be a whole model in float32
+        model.set_requires_gradient_sync(not cfg["lora_r"] or i + cfg["micro_batch"] >= per_rank)
         loss, metrics = groups_loss(samples[i:i + cfg["micro_batch"]], train)
         (loss * cfg["micro_batch"] / per_rank).backward()  # equal shares: exact for any split of the batch
         parts.append(metrics)
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg["grad_clip"])
-    norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-    if not math.isfinite(norm):
-        raise RuntimeError(f"step {step + 1}: the gradient is {norm}; ids of the pairs on this process: "
-                           f"{[train[i]['id'] for i, _, _ in samples]}")
+    norm, metrics = clip(), mean_over_all(parts)
+    if not math.isfinite(norm + metrics["loss"]):
+        raise BadInput(f"step {step + 1}: the loss is {metrics['loss']}, the gradient {norm}; the weights are as before. "
+                       f"Of its groups, not finite on their own: ids {offenders(everyone)} of {pairs_path(cfg)}")
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step)
     optimizer.step()
     optimizer.zero_grad()
-    return {**mean_over_all(parts), "grad_norm": norm, "lr": learning_rate(step)}
+    for key in ("tokens", "tflop"):
+        metrics[key] *= cfg["batch_size"] / cfg["micro_batch"]  # of the step
+    return {**metrics, "grad_norm": norm, "lr": learning_rate(step)}
 
 
-before["held_out"] = first = now = evaluate()
-if held_out:
-    say(line(0, now, f"  held-out ({len(held_out)} pairs)"), flush=True)
-log = open(os.path.join(folder, "metrics.jsonl"), "w") if rank == 0 else None
-for step in range(cfg["steps"]):
+def clip():
+    """Clip the gradient, sharded as it is; its norm before."""
+    norm = torch.nn.utils.clip_grad_norm_(list(trainable.values()), cfg["grad_clip"])
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+
+def offenders(samples):
+    """Ids of the pairs whose loss or gradient alone is not finite. All processes take the same one at a time."""
+    found = []
+    model.set_requires_gradient_sync(True)
+    for sample in samples:
+        optimizer.zero_grad()
+        loss, _ = groups_loss([sample], train)
+        loss.backward()
+        if not math.isfinite(clip() + loss.item()):
+            found.append(train[sample[0]]["id"])
+    return found
+
+
+def agreed(signals):
+    """Whether any process has had a signal: all of them stop after the same step."""
+    flag = torch.tensor(len(signals), device=device)
+    dist.all_reduce(flag)
+    return bool(flag)
+
+
+def save(step):
+    """A checkpoint after so many steps. A disk that is full costs the checkpoint, not the run."""
+    state = {"step": step, "config": cfg, "pairs": pairs_digest, "before": before, "held_out": now if judged == step else None,
+             "processes": world, "torch": torch.__version__}
+    error = save_checkpoint(os.path.join(folder, f"step_{step:06d}"), model, optimizer, state)
+    if not error and rank == 0:
+        prune(folder, cfg["keep"])
+    return error
+
+
+def log(metrics):
+    """Append a line to metrics.jsonl; a line that cannot be written whole is taken back."""
+    path = os.path.join(folder, "metrics.jsonl")
+    size = os.path.getsize(path) if os.path.exists(path) else 0
+    try:
+        with open(path, "a", encoding="utf-8") as f:
+            f.write(json.dumps(metrics) + "\n")
+    except OSError as e:
+        os.truncate(path, size)
+        say(f"warning: {path}: step {metrics['step']} is not in it ({e.strerror})", flush=True)
+
+
+def keep_metrics(steps):
+    """Leave the first steps' lines in metrics.jsonl: what an interrupted run did after its checkpoint is done again."""
+    path, kept = os.path.join(folder, "metrics.jsonl"), []
+    if steps and os.path.exists(path):
+        with open(path, encoding="utf-8") as f:
+            kept = [text for text in f if text.endswith("\n") and json.loads(text)["step"] <= steps]
+    with open(path + ".tmp", "w", encoding="utf-8") as f:
+        f.writelines(kept)
+    os.replace(path + ".tmp", path)
+
+
+start_step = state["step"] if resumed else 0
+if rank == 0:
+    keep_metrics(start_step)
+    estimate()
+if resumed:
+    first, now, judged = before["held_out"], state["held_out"], start_step
+else:
+    before["held_out"] = first = now = evaluate()
+    judged = 0
+    if held_out:
+        say(line(0, now, f"  held-out ({len(held_out)} pairs)"), flush=True)
+signals = []
+for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, lambda number, frame: signals.append(number))
+peak, pace = peak_flops(device), []
+for step in range(start_step, cfg["steps"]):
     start = time.time()
     metrics = {"step": step + 1, **train_step(step)}
     metrics["seconds"] = time.time() - start
+    pace.append(metrics["seconds"])
     last = step + 1 == cfg["steps"]
     if held_out and (last or cfg["eval_interval"] and (step + 1) % cfg["eval_interval"] == 0):
-        now = evaluate()
+        now, judged = evaluate(), step + 1
         metrics["held_out"] = now
     if rank == 0:
-        log.write(json.dumps(metrics) + "\n")
-        log.flush()
-    if (step + 1) % max(1, cfg["log_interval"]) == 0 or last or step == 0:
-        say(line(step + 1, metrics, f"  |grad| {metrics['grad_norm']:.2f}  {metrics['seconds']:.2f}s"), flush=True)
+        log(metrics)
+    if (step + 1) % max(1, cfg["log_interval"]) == 0 or last or step == start_step:
+        speed = "" if step == start_step else throughput(metrics, peak, world, sum(pace[-20:]) / len(pace[-20:]) * (cfg["steps"] - step - 1))
+        say(line(step + 1, metrics, f"  |grad| {metrics['grad_norm']:.2f}  {metrics['seconds']:.2f}s{speed}"), flush=True)
     if "held_out" in metrics:
         say(line(step + 1, now, "  held-out"), flush=True)
         if now["chosen"] < first["chosen"] - 0.5:  # likelihood displacement: margins grow while the answer is lost
             say(f"warning: chosen log-prob fell from {first['chosen']:.3f} to {now['chosen']:.3f}: "
                 "raise sft_weight or lower lr")
+    stopped = agreed(signals)
+    if stopped or cfg["save_interval"] and (last or (step + 1) % cfg["save_interval"] == 0):
+        error = save(step + 1)
+        if error and stopped:
+            raise BadInput(error)
+        if error:
+            say(f"warning: {error}: the run goes on without this checkpoint", flush=True)
+    if stopped and not last:
+        say(f"stopped after step {step + 1}: resume=auto goes on from {folder}/step_{step + 1:06d}", flush=True)
+        dist.destroy_process_group()
+        sys.exit()
+for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, signal.SIG_DFL)
 lap("train")
 
 # --------------------------------------------------------------------------------------- export, recall after
 
-state = {name: p.full_tensor().to(dtype).cpu() for name, p in model.named_parameters()}
-model.config.extend(cfg["window"])
 export = os.path.join(folder, "hf")
-if rank == 0:
-    model.save_pretrained(export, state)
-    for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
-                 "chat_template.jinja", "generation_config.json"):
-        if os.path.exists(os.path.join(cfg["model"], name)):
-            shutil.copy(os.path.join(cfg["model"], name), export)
+save_pretrained(model, export, dtype, cfg["model"], write=rank == 0)
+if cfg["lora_r"]:
+    save_adapter(model, os.path.join(folder, "adapter"), cfg["model"], lora, cfg["model"], write=rank == 0)
 dist.barrier()
-del model, optimizer, state
-after = {"recall": recalls(Llama.from_pretrained(export, dtype).to(device).eval(), "after"), "held_out": now}
+del model, optimizer, trainable, decayed
+after = {"recall": recalls(cache(lambda: load_pretrained(export, dtype, device)), "after"), "held_out": now}
 lap("recall_after")
 if rank == 0:
     seconds = {name: round(value, 1) for name, value in clock.items() if name != "start"}
     write_json({"config": cfg, "before": before, "after": after, "pairs": len(pairs), "processes": world,
-                "seconds": seconds, "torch": torch.__version__}, os.path.join(folder, "result.json"))
+                "resumed": resumed, "seconds": seconds, "torch": torch.__version__}, os.path.join(folder, "result.json"))
     say(f"{export}: the aligned model; {folder}/result.json: before and after; seconds:", seconds)
 dist.destroy_process_group()

@@ -40,17 +40,34 @@ config = dict(
     gamma=3.0,               # margin between the rewards, outside beta
     sft_weight=0.1,          # lambda, weight of the chosen answer's mean negative log-likelihood
 
+    # what is trained (the paper: LoRA on the attention projections, and the token embeddings)
+    lora_r=0,                # rank of LoRA's matrices; 0: all weights train
+    lora_alpha=16,           # LoRA's output is scaled by lora_alpha / lora_r
+    lora_targets="q_proj,k_proj,v_proj,o_proj",  # projections with LoRA; also gate_proj, up_proj, down_proj
+    train_also="",           # with LoRA: train parameters with one of these in their names in full, as embed,norm
+    adapter="",              # a PEFT adapter's folder to go on from; the four keys above have to fit it
+
     # optimization
     steps=1200,              # optimizer steps
     batch_size=64,           # groups (a prompt with its M + 1 answers) a step, over all processes
     micro_batch=1,           # groups in one forward pass of one process
     lr=5e-7,                 # peak learning rate
     warmup=0.1,              # share of the steps with a rising rate; then cosine to zero
-    weight_decay=0.05,       # of matrices; norms and biases have none
+    weight_decay=0.05,       # of matrices; norms, biases, lookup tables (untied embeddings) and LoRA's B have none
     beta1=0.9,               # AdamW
     beta2=0.999,             # AdamW
     grad_clip=1.0,           # largest norm of the gradient
     checkpointing=True,      # keep only the blocks' inputs, recompute the rest in backward
+
+    # memory and machines
+    offload_activations=False,  # with checkpointing: keep the blocks' inputs in host memory
+    offload_params=False,    # keep weights, gradients and moments in host memory, and update them there
+    shard_size=0,            # processes that share one copy of the weights (8: by node, hybrid sharding); 0: all
+
+    # checkpoints, to resume a run
+    save_interval=100,       # steps between checkpoints; 0: only when stopped by SIGTERM or SIGINT
+    keep=2,                  # newest checkpoints to keep; the one with the lowest held-out loss stays as well
+    resume="",               # auto: from the run's newest whole checkpoint, if any; or a step_ folder
 
     # evaluation
     log_interval=10,         # steps between printed lines; metrics.jsonl has every step

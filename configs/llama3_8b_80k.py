@@ -2,8 +2,7 @@
 
     torchrun --standalone --nproc_per_node=8 train_logo.py configs/llama3_8b_80k.py examples=FILE
 
-The paper: 8 x A800 80 GB, 16 hours, LoRA. Not run with this code yet: here all weights are trained, for which
-lr=5e-7, the rate of the public scripts, is made.
+The paper: 8 x A800 80 GB, 16 hours, LoRA. Not run with this code yet.
 """
 config = dict(
     model="models/Llama-3-8B-Instruct-80K",
@@ -12,4 +11,6 @@ config = dict(
     gamma=3.0,
     examples="data/examples.jsonl", n_examples=6000, draws=2,  # 12,000 samples, as in the paper
     dtype="bfloat16",
+    lora_r=32, lora_alpha=16, train_also="embed,norm",
+    lr=2e-5,  # public scripts: 5e-7, a rate for training all weights; LoRA usually wants 1e-5 to 2e-4
 )

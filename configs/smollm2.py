@@ -20,6 +20,6 @@ config = dict(
     steps=32, batch_size=2, lr=3e-5,
     checkpointing=False,
     threads=1,                        # the same numbers on any machine
-    held_out=8, eval_interval=0, log_interval=1,
+    held_out=8, eval_interval=0, log_interval=1, save_interval=8,
     recall_sizes=[8], recall_questions=100, recall_batch=10,
 )

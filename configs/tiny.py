@@ -21,7 +21,7 @@ config = dict(
     steps=400, batch_size=16, micro_batch=16, lr=1.5e-3,
     checkpointing=False,
     threads=1,                        # the same numbers on any machine
-    log_interval=25,
+    log_interval=25, save_interval=0,
     recall_sizes=[104, 232, 488, 1000],  # 1, 2, 4, 8 windows, less room for question and answer
     recall_questions=200,
 )

@@ -8,7 +8,8 @@ import pytest
 
 import data
 from configs import load_config
-from model import IGNORE, BadInput, Llama
+from checkpoint import load_pretrained
+from model import IGNORE, BadInput
 from tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -186,7 +187,7 @@ def test_right_folds_case_articles_and_punctuation():
 
 def build(path, *args):
     cfg = config(f"pairs={path}", "n_examples=24", "build_batch=5", "temperature=0.7", *args)
-    data.build_pairs(cfg, Llama.from_pretrained(TINY), load_tokenizer(TINY))
+    data.build_pairs(cfg, lambda: load_pretrained(TINY), load_tokenizer(TINY))
     return Path(path).read_bytes()
 
 

@@ -8,7 +8,6 @@ import math
 import os
 import random
 import shutil
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,8 +18,9 @@ from transformers import LlamaConfig as HFLlamaConfig
 from transformers import MistralConfig as HFMistralConfig
 
 import model as model_file
+from checkpoint import load_pretrained, save_pretrained
 from loss import logo_loss
-from model import IGNORE, BadInput, Llama, LlamaConfig, SegmentAttention, rotary_tables, sample
+from model import IGNORE, BadInput, LlamaConfig, SegmentAttention, rotary_tables, sample
 
 WINDOW = 64  # max_position_embeddings of the tiny models: dynamic RoPE starts to stretch here
 ROPES = {
@@ -58,7 +58,7 @@ def hf_logits(hf, tokens, positions):
 
 def reopen(hf, folder, **how):
     hf.save_pretrained(folder, **how)
-    return Llama.from_pretrained(folder)
+    return load_pretrained(folder)
 
 
 def rows(N, T, seed=0):
@@ -128,9 +128,9 @@ def test_older_config_dialect_means_the_same(tmp_path, rope, spelling):
     scaling = {spelling if k == "rope_type" else k: v for k, v in ROPES[rope].items() if k != "rope_theta"}
     edit_json(tmp_path / "config.json", rope_parameters=None, rope_theta=10000.0,
               rope_scaling=None if rope == "default" else scaling)
-    ours = Llama.from_pretrained(tmp_path)
+    ours = load_pretrained(tmp_path)
     assert_same_logits(ours, hf)
-    ours.save_pretrained(tmp_path / "again")  # and it is written in the dialect it came in
+    save_pretrained(ours, tmp_path / "again")  # and it is written in the dialect it came in
     assert "rope_parameters" not in json.load(open(tmp_path / "again" / "config.json"))
     assert_same_logits(ours, LlamaForCausalLM.from_pretrained(tmp_path / "again"))
 
@@ -139,13 +139,13 @@ def test_sharded_folder_equals_single_file(tmp_path):
     hf = hf_model()
     hf.save_pretrained(tmp_path, max_shard_size="40KB")
     assert len([n for n in os.listdir(tmp_path) if n.endswith(".safetensors")]) > 2
-    assert_same_logits(Llama.from_pretrained(tmp_path), hf)
+    assert_same_logits(load_pretrained(tmp_path), hf)
 
 
 def test_dtype_is_the_callers_choice(tmp_path):
     hf = hf_model().to(torch.bfloat16)
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
-        ours = reopen(hf, tmp_path) if dtype == torch.float32 else Llama.from_pretrained(tmp_path, dtype)
+        ours = reopen(hf, tmp_path) if dtype == torch.float32 else load_pretrained(tmp_path, dtype)
         assert {p.dtype for p in ours.parameters()} == {dtype}
         assert torch.equal(ours.lm_head.weight.bfloat16(), hf.lm_head.weight)
         assert ours.logits(rows(1, 5)).dtype == dtype
@@ -193,7 +193,7 @@ def test_export_reopens_in_transformers_with_identical_logits(tmp_path, kind):
                "mistral": {"sliding_window": None}}.get(kind, {})
     hf = hf_model("llama3" if kind == "llama3" else "default", classes, **changes)
     how = {"max_shard_size": "40KB"} if kind == "sharded" else {}
-    reopen(hf, tmp_path / "in", **how).save_pretrained(tmp_path / "out")
+    save_pretrained(reopen(hf, tmp_path / "in", **how), tmp_path / "out")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert type(again) is classes[1] and again.dtype == torch.float32
     tokens, positions = rows(2, 40), gaps(2, 40, 60_000)
@@ -206,55 +206,9 @@ def test_export_says_the_dtype_it_holds(tmp_path):
     hf = hf_model()
     hf.save_pretrained(tmp_path)
     edit_json(tmp_path / "config.json", dtype=None, torch_dtype="bfloat16")
-    Llama.from_pretrained(tmp_path).save_pretrained(tmp_path / "out")
+    save_pretrained(load_pretrained(tmp_path), tmp_path / "out")
     written = json.load(open(tmp_path / "out" / "config.json"))
     assert {written[key] for key in ("dtype", "torch_dtype") if key in written} == {"float32"}
-
-
-def test_export_takes_gathered_tensors(tmp_path):
-    ours = reopen(hf_model(), tmp_path)
-    gathered = {name: p.detach() * 2 for name, p in ours.named_parameters()}
-    ours.save_pretrained(tmp_path / "out", state=gathered)
-    written = load_file(tmp_path / "out" / "model.safetensors")
-    assert torch.equal(written["model.norm.weight"], ours.model.norm.weight * 2)
-
-
-@pytest.fixture(scope="module")
-def smollm2(smollm2_folder):
-    hf = AutoModelForCausalLM.from_pretrained(smollm2_folder, dtype=torch.float32).eval()
-    return hf, Llama.from_pretrained(smollm2_folder)
-
-
-# "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
-FRANCE = [1, 4093, 198, 1780, 314, 260, 3575, 282, 4649, 47, 2, 198, 1, 520, 9531, 198]
-PARIS = [504, 3575, 282, 4649, 314, 7042, 30, 2]  # "The capital of France is Paris.<|im_end|>"
-
-
-def test_smollm2_logits_equal_transformers(smollm2):
-    """To 2e-5 of the largest logit (about 30; 30 layers of fp32), on real weights."""
-    hf, ours = smollm2
-    tokens = torch.tensor([FRANCE + PARIS])
-    T = tokens.shape[1]
-    with torch.no_grad():
-        for positions in (torch.arange(T)[None], gaps(1, T, 8_192)):
-            theirs = hf_logits(hf, tokens, positions)
-            assert (ours.logits(tokens, positions) - theirs).abs().max() < 2e-5 * theirs.abs().max()
-
-
-def test_smollm2_answers_and_equals_transformers(smollm2):
-    hf, ours = smollm2
-    assert ours.generate([FRANCE], 16, stop_ids=(2,)) == [PARIS] == hf_greedy(hf, [FRANCE], 16, [2])
-
-
-def test_smollm2_export_reopens_with_identical_logits(smollm2, tmp_path):
-    hf, ours = smollm2
-    ours.save_pretrained(tmp_path)
-    again = AutoModelForCausalLM.from_pretrained(tmp_path)
-    tokens, positions = torch.tensor([FRANCE]), torch.arange(len(FRANCE))[None]
-    with torch.no_grad():
-        assert torch.equal(hf_logits(again, tokens, positions), hf_logits(hf, tokens, positions))
-    del again
-    shutil.rmtree(tmp_path)  # half a gigabyte
 
 
 # ------------------------------------------------------------------------------------- branches equal full rows
@@ -347,7 +301,7 @@ def test_branches_equal_full_rows(tmp_path, monkeypatch, M, dtype, tolerance, ch
     hf = hf_model()
     hf.save_pretrained(tmp_path)
     hf = in_double(hf) if dtype == torch.float64 else hf
-    ours = Llama.from_pretrained(tmp_path, dtype)
+    ours = load_pretrained(tmp_path, dtype)
     ours.set_checkpointing(checkpointing)
     branches = loss_and_gradients(ours, branch_logps(ours, GROUPS[M]))
     for module, logits in ((hf, lambda *x: hf_logits(hf, *x)), (ours, ours.logits)):
@@ -358,7 +312,7 @@ def test_branches_equal_full_rows(tmp_path, monkeypatch, M, dtype, tolerance, ch
 @pytest.mark.parametrize("rope, tied", [("linear", False), ("yarn", True), ("llama3", True)])
 def test_branches_equal_full_rows_under_scaled_rope_and_tied_head(tmp_path, rope, tied):
     reopen(hf_model(rope, tie_word_embeddings=tied), tmp_path)
-    ours = Llama.from_pretrained(tmp_path, torch.float64)
+    ours = load_pretrained(tmp_path, torch.float64)
     branches = loss_and_gradients(ours, branch_logps(ours, GROUPS[2]))
     assert_same_loss_and_gradients(branches, loss_and_gradients(ours, row_logps(ours.logits, GROUPS[2])), 1e-9)
 
@@ -377,7 +331,7 @@ def test_dynamic_rope_stretches_to_the_groups_longest_position(tmp_path):
 def test_gradients_equal_finite_differences(tmp_path):
     """Without any other implementation: one direction in the space of all parameters, float64."""
     reopen(hf_model(), tmp_path)
-    ours = Llama.from_pretrained(tmp_path, torch.float64)
+    ours = load_pretrained(tmp_path, torch.float64)
 
     def loss():
         logps = branch_logps(ours, GROUPS[2])
@@ -447,48 +401,108 @@ def test_prompt_tokens_are_not_scored(tmp_path):
     assert sum(seen) == lengths.sum() == (targets != IGNORE).sum()
 
 
-def test_flash_attention_equals_sdpa(monkeypatch):
-    """One varlen call for the whole stream, by a double on the CPU that does what flash-attn documents.
+def varlen_double(q, k, v, cu_q, cu_k, max_q, max_k):
+    """What flash-attn >= 2.1 documents, in fp32 on the CPU; both flash functions run the same kernel.
 
-    Sequence i has queries cu_q[i]:cu_q[i+1] and keys cu_k[i]:cu_k[i+1]; causal is aligned at the bottom right.
+    Sequence i has queries cu_q[i]:cu_q[i + 1] and keys cu_k[i]:cu_k[i + 1]; causal is aligned at the bottom right;
+    with 4 query heads and 2 key heads, query heads 0 and 1 read key head 0.
     """
+    assert q.dtype == k.dtype == v.dtype and q.dtype in (torch.bfloat16, torch.float16)
+    assert q.ndim == 3 and k.shape == v.shape and q.shape[2] == k.shape[2] and q.shape[1] % k.shape[1] == 0
+    assert q.shape[2] % 8 == 0 and q.shape[2] <= 256
+    for cu, n, longest in ((cu_q, len(q), max_q), (cu_k, len(k), max_k)):
+        assert cu.dtype == torch.int32 and cu.device == q.device and cu[0] == 0 and cu[-1] == n
+        assert (cu.diff() >= 0).all() and isinstance(longest, int) and longest >= cu.diff().max()
+    assert len(cu_q) == len(cu_k)
+    out = []
+    for a, b, c, d in zip(cu_q.tolist(), cu_q.tolist()[1:], cu_k.tolist(), cu_k.tolist()[1:]):
+        keys, values = (x[c:d].repeat_interleave(q.shape[1] // k.shape[1], dim=1).float() for x in (k, v))
+        scores = torch.einsum("qhd,khd->hqk", q[a:b].float(), keys) / math.sqrt(q.shape[2])
+        hidden = torch.ones(b - a, d - c).triu(d - c - (b - a) + 1).bool()
+        out.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -math.inf).softmax(-1), values))
+    return torch.cat(out).to(q.dtype)
+
+
+@pytest.fixture(params=["flash_attn", "torch"])
+def varlen_calls(request, monkeypatch):
+    """model.py takes the CPU for an Ampere GPU, with doubles of both flash functions; yields the list of calls."""
     calls = []
 
-    def varlen(q, k, v, cu_q, cu_k, max_q, max_k, causal):
-        assert cu_q.dtype == cu_k.dtype == torch.int32 and causal
-        assert len(q) == cu_q[-1] and len(k) == len(v) == cu_k[-1]
-        assert (max_q, max_k) == (cu_q.diff().max(), cu_k.diff().max())
-        out = []
-        for a, b, c, d in zip(cu_q.tolist(), cu_q.tolist()[1:], cu_k.tolist(), cu_k.tolist()[1:]):
-            keys, values = (x[c:d].repeat_interleave(q.shape[1] // k.shape[1], dim=1).float() for x in (k, v))
-            scores = torch.einsum("qhd,khd->hqk", q[a:b].float(), keys) / math.sqrt(q.shape[2])
-            hidden = torch.ones(b - a, d - c).triu(d - c - (b - a) + 1).bool()
-            out.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -math.inf).softmax(-1), values))
-        calls.append(len(out))
-        return torch.cat(out).to(q.dtype)
+    def flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0,
+                               softmax_scale=None, causal=False):
+        assert causal and dropout_p == 0 and softmax_scale is None
+        calls.append("flash_attn")
+        return varlen_double(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
 
-    class OnGPU(torch.Tensor):
-        is_cuda = True
+    def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size=(-1, -1), enable_gqa=False):
+        assert window_size == (-1, 0) and (enable_gqa or query.shape[1] == key.shape[1])
+        calls.append("torch")
+        return varlen_double(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k)
 
-    class TorchWithGPU:  # the module says "cuda" when model.py asks for a device's type
-        device = staticmethod(lambda device: SimpleNamespace(type="cuda"))
-        __getattr__ = staticmethod(lambda name: getattr(torch, name))
+    choose = model_file.varlen_kernel
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    installed = flash_attn_varlen_func if request.param == "flash_attn" else None
+    monkeypatch.setattr(model_file, "flash_attn_varlen_func", installed)
+    monkeypatch.setattr(model_file, "varlen_attn", varlen_attn)
+    monkeypatch.setattr(model_file, "varlen_kernel", lambda device, dtype: choose("cuda", dtype))
+    yield calls
+    assert set(calls) == {request.param}
 
-    torch.manual_seed(0)
+
+def attention_and_gradients(attend, q, k, v):
+    leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
+    out = attend(*leaves)
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)
+    return out.detach(), *torch.autograd.grad((out * weights).sum(), leaves)
+
+
+def test_varlen_attention_equals_sdpa(varlen_calls):
+    """Output and gradients, within 2% of the largest: bf16 keeps 8 bits. A wrong key shows in the first digit."""
     segments = pack(GROUPS[2])[3]
-    T = segments[-1][1]
-    q, k, v = (torch.randn(T, heads, 16).bfloat16() for heads in (4, 2, 2))  # flash-attn takes 16 bits only
-    expected = SegmentAttention(segments, "cpu")(q, k, v)
-    with monkeypatch.context() as patched:
-        patched.setattr(model_file, "flash_attn_varlen_func", varlen)
-        patched.setattr(model_file, "torch", TorchWithGPU())
-        attend = SegmentAttention(segments, "cpu")
-    monkeypatch.setattr(model_file, "flash_attn_varlen_func", varlen)
-    out = attend(q.as_subclass(OnGPU), k, v).as_subclass(torch.Tensor)
-    assert calls == [len(segments)]
-    assert (out - expected).abs().max() < 0.03  # bf16 rounding; a wrong key shows in the first digit
-    attend(q.float().as_subclass(OnGPU), k.float(), v.float())
-    assert len(calls) == 1, "flash-attn refuses fp32: that goes through SDPA"
+    rng = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(segments[-1][1], heads, 16, generator=rng).bfloat16() for heads in (4, 2, 2))
+    attend = SegmentAttention(segments, "cpu")
+    ours = attention_and_gradients(attend, q, k, v)
+    assert len(varlen_calls) == 1
+    sdpa = attention_and_gradients(attend, *(x.float() for x in (q, k, v)))
+    assert len(varlen_calls) == 1, "flash kernels refuse fp32: that goes through SDPA"
+    for name, x, y in zip("oqkv", ours, sdpa):
+        assert (x.float() - y).abs().max() < 0.02 * y.abs().max(), name
+
+
+def test_varlen_attention_is_one_call_a_layer(tmp_path, varlen_calls):
+    hf_model().save_pretrained(tmp_path)
+    ours = load_pretrained(tmp_path, torch.bfloat16)
+    branch_logps(ours, GROUPS[2]).sum().backward()
+    assert len(varlen_calls) == ours.config.num_hidden_layers
+
+
+def test_varlen_kernel_is_for_16_bits_on_ampere(monkeypatch):
+    for major, dtype, device, expected in ((8, torch.bfloat16, "cuda", True), (9, torch.float16, "cuda", True),
+                                           (7, torch.float16, "cuda", False), (8, torch.float32, "cuda", False),
+                                           (8, torch.bfloat16, "cpu", False)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, 0))
+        assert (model_file.varlen_kernel(device, dtype) is not None) == expected, (major, dtype, device)
+
+
+# ------------------------------------------------------------------------------------------------------- offload
+
+def test_offload_moves_the_blocks_inputs_and_changes_no_bit(tmp_path, monkeypatch):
+    ours, moved = reopen(hf_model(), tmp_path), []
+
+    class Spy(torch.autograd.graph.saved_tensors_hooks):
+        def __init__(self, pin_memory):
+            super().__init__(lambda x: moved.append(x.shape) or x.clone(), lambda x: x)
+
+    monkeypatch.setattr(model_file, "save_on_cpu", Spy)
+    ours.set_checkpointing(True)
+    here = loss_and_gradients(ours, branch_logps(ours, GROUPS[2]))
+    assert moved == []
+    ours.set_checkpointing(True, offload=True)
+    there = loss_and_gradients(ours, branch_logps(ours, GROUPS[2]))
+    T, C = pack(GROUPS[2])[3][-1][1], ours.config.hidden_size
+    assert moved == [(T, C)] * ours.config.num_hidden_layers  # and neither cos and sin nor the head's rows
+    assert there[0] == here[0] and all(torch.equal(there[1][name], here[1][name]) for name in here[1])
 
 
 # --------------------------------------------------------------------------------------------------- generation
@@ -624,7 +638,7 @@ def truncated(folder):
 
 def refused(folder, *words):
     with pytest.raises(BadInput) as e:
-        Llama.from_pretrained(folder)
+        load_pretrained(folder)
     message = str(e.value)
     assert "\n" not in message
     assert all(word in message for word in (str(folder), *words)), message

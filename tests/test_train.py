@@ -2,26 +2,38 @@
 import json
 import math
 import os
+import random
+import resource
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import data
-from model import Llama
+from checkpoint import load_pretrained
 from tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
+TINY = ROOT / "models" / "tiny"
+LORA = ("lora_r=8", "train_also=embed,norm")
 SMALL = ["n_examples=40", "steps=4", "batch_size=8", "micro_batch=4", "held_out=4", "eval_interval=2", "recall_sizes=[104]",
          "recall_questions=10", "threads=1"]
 
 
-def launch(*args, processes=1, script="train_logo.py"):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", script]
-    command = [sys.executable, script] if processes == 0 else command
-    return subprocess.run([*command, *args], cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+def command(*args, processes=1, script="train_logo.py"):
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else []
+    return {"args": [sys.executable, *launcher, script, *args], "cwd": ROOT, "text": True,
+            "env": {**os.environ, "OMP_NUM_THREADS": "1"}}
+
+
+def launch(*args, processes=1, script="train_logo.py", **how):
+    return subprocess.run(**command(*args, processes=processes, script=script), capture_output=True, **how)
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +49,8 @@ def run(tmp_path_factory):
             assert done.returncode == 0, done.stderr[-2000:]
         return folders[key]
 
+    train.pairs = shared
+    train()
     return train
 
 
@@ -54,12 +68,18 @@ def test_the_same_command_gives_the_same_numbers(run):
     assert (run() / "hf" / "model.safetensors").read_bytes() == (run(again=1) / "hf" / "model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("args, processes", [((), 2), (("micro_batch=1",), 1), (("micro_batch=2", "checkpointing=True"), 2)])
-def test_losses_do_not_depend_on_processes_or_accumulation(run, args, processes):
-    one, other = losses(run()), losses(run(*args, processes=processes))
-    assert len(one) == len(other) == 6 and len(set(one)) == 6
-    assert one == pytest.approx(other, abs=2e-4)
-    norms = [[m["grad_norm"] for m in metrics(folder)] for folder in (run(), run(*args, processes=processes))]
+@pytest.mark.parametrize("mode", [(), LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("args, processes", [
+    (("micro_batch=1",), 1),
+    ((), 2),
+    (("micro_batch=2", "checkpointing=True", "offload_activations=True"), 2),
+    (("micro_batch=2", "shard_size=2"), 4),
+    (("micro_batch=1", "checkpointing=True", "offload_params=True"), 4)])
+def test_losses_do_not_depend_on_processes_accumulation_or_memory(run, mode, args, processes):
+    one, other = run(*mode), run(*mode, *args, processes=processes)
+    assert len(losses(one)) == len(losses(other)) == 6 and len(set(losses(one))) == 6
+    assert losses(one) == pytest.approx(losses(other), abs=2e-4)
+    norms = [[m["grad_norm"] for m in metrics(folder)] for folder in (one, other)]
     assert norms[0] == pytest.approx(norms[1], rel=1e-3)  # AdamW after clipping would hide a wrong scale
 
 
@@ -74,12 +94,12 @@ def test_training_lowers_the_loss_and_the_result_says_so(run):
 def test_the_export_opens_in_transformers(run):
     transformers = pytest.importorskip("transformers")
     folder = run() / "hf"
-    theirs, ours = transformers.AutoModelForCausalLM.from_pretrained(folder), Llama.from_pretrained(folder)
+    theirs, ours = transformers.AutoModelForCausalLM.from_pretrained(folder), load_pretrained(folder)
     tokens = torch.randint(0, 500, (2, 40), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert torch.allclose(theirs(tokens).logits, ours.logits(tokens), atol=2e-5)
     assert theirs.config.max_position_embeddings == 1024
-    base = Llama.from_pretrained(ROOT / "models" / "tiny")
+    base = load_pretrained(TINY)
     assert not torch.equal(base.lm_head.weight, ours.lm_head.weight)
 
 
@@ -112,7 +132,7 @@ def test_the_first_loss_is_the_papers_formula_on_transformers_logits(run):
 
 
 def corrupt(folder, name, content):
-    for path in (ROOT / "models" / "tiny").iterdir():
+    for path in (TINY).iterdir():
         if path.is_file():
             (folder / path.name).write_bytes(path.read_bytes())
     (folder / name).write_bytes(content)
@@ -135,3 +155,225 @@ def test_bad_input_ends_with_one_line_and_leaves_nothing(tmp_path, case, message
     lines = [line for line in done.stderr.splitlines() if line.strip()]
     assert done.returncode == 1 and len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0], done.stderr
     assert not (tmp_path / "run" / "pairs.jsonl").exists() and not (tmp_path / "run" / "hf").exists()
+
+
+# ------------------------------------------------------------------------------------------------ kill and resume
+
+def arguments(run, folder, *more):
+    return ("configs/tiny.py", *SMALL, "recall_questions=0", f"pairs={run.pairs}", f"out={folder}", *more)
+
+
+def same_run(a, b):
+    """Every step once, with the same numbers, and the same exported bytes."""
+    for one, other in zip(metrics(a), metrics(b), strict=True):
+        assert {k: v for k, v in one.items() if k != "seconds"} == {k: v for k, v in other.items() if k != "seconds"}
+    assert (a / "hf" / "model.safetensors").read_bytes() == (b / "hf" / "model.safetensors").read_bytes()
+
+
+def kill(process):
+    """kill -9 of a launcher and all that it started (torchrun's workers lead sessions of their own)."""
+    parents = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parents.setdefault(int(path.read_text().rsplit(")", 1)[1].split()[1]), []).append(int(path.parent.name))
+        except (OSError, IndexError):  # gone meanwhile
+            continue
+    family = [process.pid]
+    for pid in family:
+        family += parents.get(pid, [])
+    for pid in family:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+    process.wait()
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_killed_at_random_moments_ends_as_one_left_alone(run, tmp_path, processes):
+    """kill -9 of all processes, in start-up, steps and saving. NANOLOGO_KILLS=20 for the long form."""
+    kills, rng = int(os.environ.get("NANOLOGO_KILLS", 2)), random.Random(processes)
+    more = ("steps=40", "save_interval=1", *LORA)
+    reference = launch(*arguments(run, tmp_path / "alone", *more), processes=processes)
+    assert reference.returncode == 0, reference.stderr
+    folder, log, seen = tmp_path / "killed", tmp_path / "killed" / "metrics.jsonl", []
+    for _ in range(kills):
+        before = log.read_bytes() if log.exists() else b""
+        going = subprocess.Popen(**command(*arguments(run, folder, *more, "resume=auto"), processes=processes),
+                                 stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        while going.poll() is None and (log.read_bytes() if log.exists() else b"") in (before, b""):
+            time.sleep(0.01)  # until it steps
+        time.sleep(rng.random() * 0.6)
+        kill(going)
+        seen.append((len(metrics(folder)) if log.read_bytes().endswith(b"\n") else -1,
+                     bool(list(folder.glob("*.tmp"))), going.communicate()[1][-300:]))
+    done = launch(*arguments(run, folder, *more, "resume=auto"), processes=processes)
+    assert done.returncode == 0, done.stderr[-2000:]
+    print([(steps, "in saving" if tmp else "") for steps, tmp, _ in seen])
+    assert "resumed from" in done.stdout, seen
+    same_run(tmp_path / "alone", folder)
+    assert len(list(folder.glob("step_*"))) <= 3 and not list(folder.glob("*.tmp"))  # the last two and the best
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_another_number_of_processes_goes_on(run, tmp_path, number):
+    more = ("steps=30", "save_interval=0")
+    alone = launch(*arguments(run, tmp_path / "alone", *more), processes=1)
+    assert alone.returncode == 0, alone.stderr
+    folder = tmp_path / "stopped"
+    going = subprocess.Popen(**command(*arguments(run, folder, *more), processes=0), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while going.poll() is None and not ((folder / "metrics.jsonl").exists() and len(metrics(folder)) >= 3):
+        time.sleep(0.01)
+    going.send_signal(number)
+    out, err = going.communicate()
+    assert going.returncode == 0 and not err and "resume=auto goes on from" in out, (going.returncode, out, err)
+    again = launch(*arguments(run, folder, *more), processes=0)
+    assert again.returncode == 1 and "resume=auto goes on from it" in again.stderr and len(again.stderr.splitlines()) == 1
+    done = launch(*arguments(run, folder, *more, "resume=auto"), processes=2)
+    assert done.returncode == 0 and "resumed from" in done.stdout, done.stderr
+    assert [m["step"] for m in metrics(folder)] == list(range(1, 31))
+    assert losses(folder) == pytest.approx(losses(tmp_path / "alone"), abs=2e-4)
+
+
+@pytest.fixture(scope="module")
+def checkpointed(run, tmp_path_factory):
+    """A finished run with two checkpoints."""
+    folder = tmp_path_factory.mktemp("checkpointed")
+    done = launch(*arguments(run, folder, "save_interval=2", *LORA), processes=1)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def edit(path):
+    path.write_bytes(path.read_bytes().replace(b'"step": 4', b'"step": 3'))
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[-1000] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage, name", [(truncate, "shard_0_of_1.safetensors"), (flip, "shard_0_of_1.safetensors"),
+                                          (edit, "state.json"), (truncate, "state.json"), (os.remove, "shard_0_of_1.safetensors"),
+                                          (os.remove, "state.json")])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(run, checkpointed, tmp_path, damage, name):
+    folder = shutil.copytree(checkpointed, tmp_path / "run")
+    damage(folder / "step_000004" / name)
+    done = launch(*arguments(run, folder, "save_interval=2", *LORA, "resume=auto"), processes=0)
+    warnings = [text for text in done.stdout.splitlines() if text.startswith("warning")]
+    assert done.returncode == 0 and len(warnings) == 1 and f"step_000004/{name}" in warnings[0], done.stdout + done.stderr
+    assert "resumed from" in done.stdout and "step_000002" in done.stdout
+    same_run(checkpointed, folder)
+
+
+@pytest.mark.parametrize("change, message", [
+    (("lr=0.1",), "was saved with lr=0.0015, now it is 0.1"),
+    (("steps=9",), "was saved with steps=4, now it is 9"),
+    (("lora_r=4",), "was saved with lora_r=8, now it is 4"),
+    (("resume=nowhere",), "nowhere/state.json: cannot be read"),
+    (("pairs=PAIRS",), "not the pairs that")])
+def test_a_changed_config_is_refused_and_nothing_is_touched(run, checkpointed, tmp_path, change, message):
+    other = tmp_path / "pairs.jsonl"
+    other.write_text(run.pairs.read_text().replace("carves", "bakes"))
+    change = [text.replace("PAIRS", str(other)) for text in change]
+    files = {path: path.read_bytes() for path in checkpointed.rglob("*") if path.is_file()}
+    done = launch(*arguments(run, checkpointed, "save_interval=2", *LORA, "resume=auto", *change), processes=0)
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and message in done.stderr, done.stderr
+    assert {path: path.read_bytes() for path in checkpointed.rglob("*") if path.is_file() and path.name != "config.json"} == {
+        path: content for path, content in files.items() if path.name != "config.json"}
+
+
+def test_a_full_disk_costs_the_checkpoint_and_not_the_run(run, checkpointed, tmp_path):
+    """A limit on the size of files stands for the disk: of step 4's checkpoint and of the export, nothing is left."""
+    folder = shutil.copytree(checkpointed, tmp_path / "run")
+    for name in ("hf", "adapter", "step_000004"):
+        shutil.rmtree(folder / name)
+    small = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))}
+    full = launch(*arguments(run, folder, "save_interval=2", *LORA, "resume=auto"), processes=0, **small)
+    warnings = [text for text in full.stdout.splitlines() if text.startswith("warning")]
+    assert len(warnings) == 1 and "step_000004: cannot be written" in warnings[0], full.stdout + full.stderr
+    assert full.returncode == 1 and len(full.stderr.splitlines()) == 1 and "hf: cannot be written" in full.stderr
+    assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == ["source", "step_000002"]
+    done = launch(*arguments(run, folder, "save_interval=2", *LORA, "resume=auto"), processes=0)
+    assert done.returncode == 0, done.stderr
+    same_run(checkpointed, folder)
+
+
+def test_a_group_that_is_not_finite_stops_the_run_by_name(run, tmp_path):
+    """An embedding that is NaN, of a word that only some pairs hold: their ids, and no others, are in the line."""
+    model = shutil.copytree(TINY, tmp_path / "model", ignore=lambda *_: ["world.py", "make.py", "__pycache__"])
+    lines = [json.loads(text) for text in run.pairs.read_text().splitlines()]
+    pairs = [row for row in lines[1:] if "chunks" in row]
+    holders = {}
+    for row in pairs[:-4]:
+        for token in {t for chunk in row["chunks"] for t in chunk}:
+            holders.setdefault(token, set()).add(row["id"])
+    token, ids = min(holders.items(), key=lambda item: (len(item[1]) != 2, item[0]))
+    weights = load_file(model / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    weights["model.embed_tokens.weight"][token] = math.nan
+    save_file(weights, model / "model.safetensors")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
+    lines[0]["settings"]["model"] = str(model)
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    done = launch("configs/tiny.py", *SMALL, "recall_questions=0", "steps=40", "held_out=4", f"model={model}",
+                  f"pairs={tmp_path / 'pairs.jsonl'}", f"out={tmp_path / 'run'}", processes=0)
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and "the weights are as before" in done.stderr, done.stderr
+    named = set(json.loads(done.stderr.split("ids ")[1].split(" of ")[0]))
+    assert named and named <= ids
+
+
+# -------------------------------------------------------------------------------------------- LoRA and its exports
+
+def test_lora_trains_what_it_says_and_keeps_moments_of_nothing_else(checkpointed):
+    state = load_file(checkpointed / "step_000004" / "shard_0_of_1.safetensors")
+    named = {name.removesuffix(".exp_avg").removesuffix(".exp_avg_sq") for name in state}
+    assert all("lora_" in name or "embed" in name or "norm" in name for name in named) and len(state) == 3 * len(named)
+    base, hf = load_file(TINY / "model.safetensors"), load_file(checkpointed / "hf" / "model.safetensors")
+    adapter = load_file(checkpointed / "adapter" / "adapter_model.safetensors")
+    for name, weight in base.items():
+        A = adapter.get("base_model.model." + name.replace(".weight", ".lora_A.weight"))
+        if A is not None:  # frozen below its LoRA: the export is exactly base + alpha / r B A
+            B = adapter["base_model.model." + name.replace(".weight", ".lora_B.weight")]
+            assert torch.equal(hf[name], weight + 2.0 * (B @ A)) and B.abs().max() > 0
+        else:
+            assert torch.equal(hf[name], weight) == ("mlp" in name), name
+
+
+def test_the_adapter_in_peft_gives_the_merged_models_logits(checkpointed):
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    config = transformers.AutoConfig.from_pretrained(checkpointed / "adapter")  # the longer window, the larger RoPE base
+    base = transformers.AutoModelForCausalLM.from_pretrained(TINY, config=config)
+    theirs = peft.PeftModel.from_pretrained(base, checkpointed / "adapter")
+    merged = transformers.AutoModelForCausalLM.from_pretrained(checkpointed / "hf")
+    ours = load_pretrained(checkpointed / "hf")
+    tokens = torch.randint(0, 500, (2, 40), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits = ours.logits(tokens)
+        assert torch.allclose(merged(tokens).logits, logits, atol=2e-5)
+        assert torch.allclose(theirs(tokens).logits, logits, atol=2e-5)
+        assert not torch.allclose(base.get_base_model()(tokens).logits if hasattr(base, "get_base_model") else
+                                  load_pretrained(TINY).logits(tokens), logits, atol=1e-2)
+    assert config.max_position_embeddings == 1024 and merged.config.max_position_embeddings == 1024
+
+
+def test_an_adapter_goes_on_training_and_a_checkpoint_merges(run, checkpointed, tmp_path):
+    adapter = f"adapter={checkpointed / 'adapter'}"
+    done = launch(*arguments(run, tmp_path / "more", *LORA, adapter), processes=0)
+    assert done.returncode == 0, done.stderr
+    assert f"loss {json.loads((checkpointed / 'result.json').read_text())['after']['held_out']['loss']:.4f}" in done.stdout.split("held-out")[0]
+    wrong = launch(*arguments(run, tmp_path / "wrong", "lora_r=4", "train_also=embed,norm", adapter), processes=0)
+    assert wrong.returncode == 1 and "was made with lora_r=8, this run has lora_r=4" in wrong.stderr
+    for source in ("adapter", "step_000004"):
+        out = tmp_path / f"merged_{source}"
+        merged = launch("merge", str(checkpointed / source), str(out), processes=0, script="checkpoint.py")
+        assert merged.returncode == 0, merged.stderr
+        for name in ("model.safetensors", "tokenizer.json"):
+            assert (out / name).read_bytes() == (checkpointed / "hf" / name).read_bytes(), (source, name)
+        assert json.loads((out / "config.json").read_text()) == json.loads((checkpointed / "hf" / "config.json").read_text())

@@ -1,0 +1,91 @@
+"""What a step will cost, before it is taken: parameters, floating-point operations, bytes. Arithmetic only.
+
+The work of a step is counted as model FLOPs utilisation wants it (PaLM, arXiv 2204.02311, App. B): what forward and
+backward need, without what checkpointing computes again. Memory is the expected peak of one process:
+
+    weights, gradients, moments    of its share; what trains is float32, what is frozen is in the run's dtype
+    gathered                       embeddings, head and two blocks, whole, in the run's dtype
+    activations                    with checkpointing one input (T, C) a block, else all that autograd keeps
+    working                        one block's intermediates, or one chunk of logits, whichever is more
+"""
+import torch
+
+from model import HEAD_CHUNK
+
+# Dense bf16 FLOP/s on the makers' datasheets, by a part of the device's name; the first that fits.
+DATASHEET = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H800": 989e12, "H200": 989e12, "B200": 2250e12,
+             "A100": 312e12, "A800": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
+
+
+def peak_flops(device):
+    """Datasheet FLOP/s of a CUDA device, or None where we know none."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((flops for part, flops in DATASHEET.items() if part in name), None)
+
+
+def count_parameters(model):
+    """(trained, frozen) numbers; a tied head counts once."""
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return trained, sum(p.numel() for p in model.parameters()) - trained
+
+
+def step_flops(model, segments, scored):
+    """FLOPs of forward and backward of one packed batch; scored: tokens whose logits are made.
+
+    A matrix costs 2 a weight and token forward, 2 for its input's gradient, and 2 for its own if it trains.
+    """
+    config, T = model.config, segments[-1][1]
+    matrices = [p for p in model.model.layers.parameters() if p.ndim > 1]
+    head = model.lm_head.weight
+    work = sum(p.numel() * (6 if p.requires_grad else 4) for p in matrices) * T
+    work += head.numel() * (6 if head.requires_grad else 4) * scored
+    seen = sum((end - start) * (p_end - p_start) + (end - start) * (end - start + 1) // 2
+               for start, end, p_start, p_end in segments)  # (query, key) pairs below the causal edge
+    width = config.num_attention_heads * config.head_dim
+    return work + 12 * width * seen * config.num_hidden_layers  # scores and values: 4 forward, 8 backward
+
+
+def peak_memory(model, cfg, tokens, scored, shards):
+    """{item: bytes} of one process, with their "total". tokens, scored: of the largest packed batch.
+
+    shards: processes that share a copy of the weights. Left out: the allocator's gaps, NCCL's buffers, the CUDA
+    context (about 1 GiB together), and a prompt's keys that flash attention wants once more for each answer.
+    """
+    config, size = model.config, getattr(torch, cfg["dtype"]).itemsize
+    trained, frozen = count_parameters(model)
+    state = 0 if cfg["offload_params"] else 1 / shards
+    blocks = list(model.model.layers)
+    block = sum(p.numel() for p in blocks[0].parameters())
+    root = sum(p.numel() for p in model.parameters()) - len(blocks) * block
+    root_trained = trained - len(blocks) * sum(p.numel() for p in blocks[0].parameters() if p.requires_grad)
+    C, intermediate = config.hidden_size, config.intermediate_size
+    heads = (2 * config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim  # q, k, v, output
+    mlp_trains = any(p.requires_grad and p.ndim > 1 for p in blocks[0].mlp.parameters())
+    inside = tokens * size * (4 * C + heads + (4 if mlp_trains else 3) * intermediate)   # what autograd keeps of a block
+    backward = tokens * size * (2 * C + 3 * intermediate)                                 # and the gradients beside it
+    inputs = 0 if cfg["offload_activations"] else len(blocks) * tokens * C * size
+    logits = min(scored, HEAD_CHUNK) * config.vocab_size * (2 * size + 12)  # as they come, float32, softmax, gradients
+    bytes_of = {
+        "weights": state * (4 * trained + size * frozen),
+        "gradients": state * 4 * trained,
+        "moments": state * 8 * trained,
+        "gathered": size * (root + 2 * block) + (size + 4) * root_trained,
+        "activations": inputs if cfg["checkpointing"] else len(blocks) * inside,
+        "working": max(inside + backward, logits) if cfg["checkpointing"] else max(backward, logits)}
+    return {**bytes_of, "total": sum(bytes_of.values())}
+
+
+def describe(trained, frozen, tokens, memory):
+    """The estimate as two lines."""
+    items = " + ".join(f"{name} {value / 2**30:.2f}" for name, value in memory.items() if name != "total")
+    return (f"trains {trained:,} of {trained + frozen:,} parameters; {tokens:,} tokens in the first step\n"
+            f"expected peak memory of a process: {memory['total'] / 2**30:.2f} GiB = {items}")
+
+
+def throughput(metrics, peak, processes, left):
+    """The end of a step's line: tokens/s, TFLOP/s, their share of the datasheet's, time left (left: seconds)."""
+    rate = metrics["tflop"] / metrics["seconds"]
+    share = f"  MFU {1e12 * rate / (peak * processes):.1%}" if peak else ""
+    minutes, seconds = divmod(round(left), 60)
+    return (f"  {metrics['tokens'] / metrics['seconds']:,.0f} tokens/s  {rate:.3g} TFLOP/s{share}"
+            f"  left {minutes // 60}:{minutes % 60:02d}:{seconds:02d}")

@@ -1,0 +1,110 @@
+"""The estimate against PyTorch's own counters and against hand arithmetic."""
+from types import SimpleNamespace
+
+import pytest
+import torch
+from test_model import GROUPS, hf_model, pack
+from torch.utils.flop_counter import FlopCounterMode
+
+from checkpoint import load_pretrained, start_lora
+from model import Llama, LlamaConfig, SegmentAttention
+from plan import DATASHEET, count_parameters, peak_flops, peak_memory, step_flops, throughput
+
+LLAMA3_8B = dict(vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+                 num_key_value_heads=8, head_dim=128, max_position_embeddings=8192)
+CFG = {"dtype": "bfloat16", "checkpointing": True, "offload_activations": False, "offload_params": False}
+
+
+def model_of(tmp_path, lora):
+    hf_model(num_hidden_layers=3).save_pretrained(tmp_path)
+    model = load_pretrained(tmp_path)
+    if lora:
+        model.train_only(4, 16, "q_proj,down_proj", "norm")
+        with torch.no_grad():
+            start_lora(model, 0)
+    return model
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_flops_are_those_that_pytorch_counts(tmp_path, lora):
+    """Less attention, which PyTorch counts as whole squares, and less the head, which is computed twice."""
+    model = model_of(tmp_path, lora)
+    tokens, positions, targets, segments = pack(GROUPS[2])
+    scored = sum(end - start for start, end, _, p_end in segments if p_end)
+    with FlopCounterMode(display=False) as counter:
+        sums, lengths = model(tokens, positions, targets, segments)
+        (sums / lengths).sum().backward()
+    found = {str(op): flops for op, flops in counter.get_flop_counts()["Global"].items()}
+    matrices = sum(flops for op, flops in found.items() if "mm" in op and "bmm" not in op)
+    head = model.lm_head.weight.numel()
+    ours = step_flops(model, segments, scored) - 12 * 3 * model.config.num_attention_heads * model.config.head_dim * sum(
+        (end - start) * (p_end - p_start) + (end - start) * (end - start + 1) // 2 for start, end, p_start, p_end in segments)
+    # the first layer's input needs no gradient where nothing before it trains
+    first = 0
+    if lora:
+        attention = model.model.layers[0].self_attn
+        first = 0 * attention.q_proj.weight.numel()
+    assert matrices == pytest.approx(ours + 2 * head * scored - first, rel=0.02)
+
+
+def test_the_papers_group_costs_what_the_design_says():
+    """8,192 prompt, 3 x 512 answers: 9,728 tokens instead of 26,112, and 2.65 times less work."""
+    with torch.device("meta"):
+        model = Llama(LlamaConfig(**LLAMA3_8B))
+    P, n = 8192, 512
+    shared = [(0, P, 0, 0)] + [(P + i * n, P + (i + 1) * n, 0, P) for i in range(3)]
+    rows = [(i * (P + n), (i + 1) * (P + n), 0, 0) for i in range(3)]
+    assert shared[-1][1] == 9728 and rows[-1][1] == 26112
+    assert step_flops(model, rows, 3 * n) / step_flops(model, shared, 3 * n) == pytest.approx(2.65, abs=0.05)
+    weights = sum(p.numel() for p in model.parameters()) - 2 * 128256 * 4096
+    attention = 12 * 32 * 4096 * (P * (P + 1) // 2 + 3 * (n * P + n * (n + 1) // 2))
+    assert step_flops(model, shared, 0) == pytest.approx(6 * weights * 9728 + attention, rel=1e-4)
+
+
+def test_memory_of_llama3_8b_by_hand():
+    with torch.device("meta"):
+        model = Llama(LlamaConfig(**LLAMA3_8B))
+    total = 8_030_261_248
+    assert count_parameters(model) == (total, 0)
+    full = peak_memory(model, CFG, 9728, 1536, 8)
+    assert [full[key] * 8 for key in ("weights", "gradients", "moments")] == [4 * total, 4 * total, 8 * total]
+    assert full["activations"] == 32 * 9728 * 4096 * 2
+    model.train_only(32, 16, "q_proj,k_proj,v_proj,o_proj", "embed,norm")
+    adapters = 32 * 32 * ((4096 + 4096) * 2 + (4096 + 1024) * 2)
+    trained = adapters + 128256 * 4096 + 65 * 4096
+    assert count_parameters(model) == (trained, total + adapters - trained)
+    lora = peak_memory(model, CFG, 9728, 1536, 8)
+    assert lora["moments"] * 8 == 8 * trained
+    assert lora["weights"] * 8 == 4 * trained + 2 * (total + adapters - trained)
+    host = peak_memory(model, {**CFG, "offload_params": True, "offload_activations": True}, 9728, 1536, 8)
+    assert host["weights"] == host["moments"] == host["activations"] == 0 < host["working"] == lora["working"]
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_blocks_activations_are_what_autograd_keeps(tmp_path, lora):
+    model = model_of(tmp_path, lora)
+    block, T, C = model.model.layers[1], 64, model.config.hidden_size
+    x = torch.randn(T, C, requires_grad=True)
+    cos = sin = torch.ones(T, 1, model.config.head_dim)
+    weights = {p.untyped_storage().data_ptr() for p in (*block.parameters(), cos)}
+    kept = {}
+
+    def pack_hook(t):
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack_hook, lambda t: t):
+        out = block.compute(x, cos, sin, SegmentAttention([(0, T, 0, 0)], "cpu"))
+    measured = sum(size for pointer, size in kept.items() if pointer not in weights)
+    cfg = {**CFG, "dtype": "float32", "checkpointing": False}
+    predicted = peak_memory(model, cfg, T, 8, 1)["activations"] / 3
+    assert out.shape == x.shape and measured == pytest.approx(predicted, rel=0.25), (measured, predicted)
+
+
+def test_utilisation_needs_a_known_device(monkeypatch):
+    metrics = {"tokens": 8000.0, "tflop": 500.0, "seconds": 2.0}
+    assert throughput(metrics, None, 8, 3725) == "  4,000 tokens/s  250 TFLOP/s  left 1:02:05"
+    assert "MFU 10.0%" in throughput(metrics, 312.5e12, 8, 0)
+    assert peak_flops(torch.device("cpu")) is None
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    assert peak_flops(SimpleNamespace(type="cuda")) == DATASHEET["H100"] == 989e12
