@@ -13,6 +13,7 @@ import glob
 import json
 import math
 import os
+import resource
 import shutil
 import signal
 import sys
@@ -370,6 +371,8 @@ for step in range(start_step, cfg["steps"]):
 for number in (signal.SIGTERM, signal.SIGINT):
     signal.signal(number, signal.SIG_DFL)
 lap("train")
+used = torch.cuda.max_memory_allocated() if device.type == "cuda" else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+say(f"peak memory of this process so far: {used / 2**30:.2f} GiB", flush=True)
 
 # --------------------------------------------------------------------------------------- export, recall after
 
@@ -384,6 +387,6 @@ lap("recall_after")
 if rank == 0:
     seconds = {name: round(value, 1) for name, value in clock.items() if name != "start"}
     write_json({"config": cfg, "before": before, "after": after, "pairs": len(pairs), "processes": world,
-                "resumed": resumed, "seconds": seconds, "torch": torch.__version__}, os.path.join(folder, "result.json"))
+                "resumed": resumed, "peak_memory": used, "seconds": seconds, "torch": torch.__version__}, os.path.join(folder, "result.json"))
     say(f"{export}: the aligned model; {folder}/result.json: before and after; seconds:", seconds)
 dist.destroy_process_group()
