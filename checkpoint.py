@@ -218,7 +218,8 @@ def write_part(tensors, folder, i):
 
 
 def write_config(model, folder, dtype, tokenizer):
-    write_json({**model.config.to_json(), "dtype": str(dtype).removeprefix("torch.")}, os.path.join(folder, "config.json"))
+    config = {**model.config.to_json(), "dtype": str(dtype).removeprefix("torch.")}
+    write_json(config, os.path.join(folder, "config.json"))
     for name in TOKENIZER_FILES if tokenizer else ():
         if os.path.exists(os.path.join(tokenizer, name)):
             shutil.copy(os.path.join(tokenizer, name), folder)
@@ -385,7 +386,8 @@ def read_state(folder, part=0, parts=1):
 
 def checkpoints(run):
     """The step_ folders of a run, the newest first."""
-    return sorted((path for path in glob.glob(os.path.join(glob.escape(run), "step_*")) if path[-1].isdigit()), reverse=True)
+    found = [path for path in glob.glob(os.path.join(glob.escape(run), "step_*")) if path.split("step_")[-1].isdigit()]
+    return sorted(found, key=lambda path: int(path.split("step_")[-1]), reverse=True)
 
 
 def find_checkpoint(run, resume):
@@ -397,8 +399,8 @@ def find_checkpoint(run, resume):
     rank, world = dist.get_rank(), dist.get_world_size()
     folders = together(checkpoints(run) if resume in ("", "auto") else [resume])[0]  # as the first process sees it
     if folders and not resume:
-        raise BadInput(f"{folders[0]} is there: resume=auto goes on from it; to start anew, remove the step_ folders of "
-                       f"{run} or name another out=")
+        raise BadInput(f"{folders[0]} is there: resume=auto goes on from it; to start anew, remove the step_ folders "
+                       f"of {run} or name another out=")
     for folder in folders:
         try:
             state, error = read_state(folder, rank, world), None

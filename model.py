@@ -347,12 +347,14 @@ class Llama(nn.Module):
 
         lora_targets: names of projections, train_also: parts of parameter names; both texts with commas.
         """
-        targets, parts = ([word.strip() for word in text.split(",") if word.strip()] for text in (lora_targets, train_also))
+        targets, parts = ([word.strip() for word in text.split(",") if word.strip()]
+                          for text in (lora_targets, train_also))
         if not lora_r:
             if parts:
                 raise BadInput(f"train_also={train_also!r} needs lora_r: at lora_r=0 every parameter trains")
             return
-        known = {name.split(".")[-1]: name for name, m in self.model.layers[0].named_modules() if isinstance(m, nn.Linear)}
+        known = {name.split(".")[-1]: name for name, module in self.model.layers[0].named_modules()
+                 if isinstance(module, nn.Linear)}
         if not targets or not known.keys() >= set(targets):
             raise BadInput(f"lora_targets={lora_targets!r}: expected some of {','.join(known)}")
         for block in self.model.layers:

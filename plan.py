@@ -61,8 +61,8 @@ def peak_memory(model, cfg, tokens, scored, shards):
     C, intermediate = config.hidden_size, config.intermediate_size
     heads = (2 * config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim  # q, k, v, output
     mlp_trains = any(p.requires_grad and p.ndim > 1 for p in blocks[0].mlp.parameters())
-    inside = tokens * size * (4 * C + heads + (4 if mlp_trains else 3) * intermediate)   # what autograd keeps of a block
-    backward = tokens * size * (2 * C + 3 * intermediate)                                 # and the gradients beside it
+    inside = tokens * size * (4 * C + heads + (4 if mlp_trains else 3) * intermediate)  # what autograd keeps of a block
+    backward = tokens * size * (2 * C + 3 * intermediate)                               # and the gradients beside it
     inputs = 0 if cfg["offload_activations"] else len(blocks) * tokens * C * size
     logits = min(scored, HEAD_CHUNK) * config.vocab_size * (2 * size + 12)  # as they come, float32, softmax, gradients
     bytes_of = {
@@ -83,7 +83,7 @@ def describe(trained, frozen, tokens, memory):
 
 
 def throughput(metrics, peak, processes, left):
-    """The end of a step's line: tokens/s, TFLOP/s, their share of the datasheet's, time left (left: seconds)."""
+    """The end of a step's line: tokens/s and TFLOP/s of all processes, share of the datasheet's, seconds left."""
     rate = metrics["tflop"] / metrics["seconds"]
     share = f"  MFU {1e12 * rate / (peak * processes):.1%}" if peak else ""
     minutes, seconds = divmod(round(left), 60)

@@ -88,8 +88,8 @@ if rank == 0:
         raise BadInput(f"{folder}: another run is at work here") from e
 
 # How a run is run, not what it computes: these may change when it is resumed.
-FREE = """name out model examples pairs adapter threads micro_batch checkpointing offload_activations offload_params shard_size
-save_interval keep resume log_interval eval_interval recall_sizes recall_questions recall_batch""".split()
+FREE = """name out model examples pairs adapter threads micro_batch checkpointing offload_activations offload_params
+shard_size save_interval keep resume log_interval eval_interval recall_sizes recall_questions recall_batch""".split()
 resumed, state = find_checkpoint(folder, cfg["resume"])
 for key in cfg if resumed else ():
     if key not in FREE and state["config"].get(key) != cfg[key]:
@@ -203,7 +203,8 @@ def groups_loss(samples, source):
     sums, lengths = model(*(x.to(device) for x in batch[:3]), batch.segments)
     logps = (sums / lengths).view(len(samples), -1)  # (N, M + 1) mean log-probs, the chosen first
     loss, metrics = logo_loss(logps[:, 0], logps[:, 1:], cfg["beta"], cfg["gamma"], cfg["sft_weight"])
-    work = torch.tensor([len(batch.tokens), step_flops(model, batch.segments, int(lengths.sum())) / 1e12], device=device)
+    tflop = step_flops(model, batch.segments, sum(end - start for start, end, _, prefix in batch.segments if prefix)) / 1e12
+    work = torch.tensor([len(batch.tokens), tflop], device=device)
     return loss, {"loss": loss.detach(), **metrics, "tokens": work[0], "tflop": work[1]}
 
 
@@ -220,7 +221,8 @@ def evaluate():
     mine = [(i, 0, 0) for i in range(rank, len(held_out), world)]
     parts = [groups_loss([sample], held_out)[1] for sample in mine]
     model.reshard()  # without a backward nobody else gives the root's gathered parameters back
-    return {key: value for key, value in mean_over_all(parts).items() if key not in ("tokens", "tflop")} if parts else {}
+    mean = mean_over_all(parts) if parts else {}
+    return {key: value for key, value in mean.items() if key not in ("tokens", "tflop")}
 
 
 def line(step, metrics, extra=""):
@@ -254,7 +256,7 @@ def train_step(step):
     norm, metrics = clip(), mean_over_all(parts)
     if not math.isfinite(norm + metrics["loss"]):
         raise BadInput(f"step {step + 1}: the loss is {metrics['loss']}, the gradient {norm}; the weights are as before. "
-                       f"Of its groups, not finite on their own: ids {offenders(everyone)} of {pairs_path(cfg)}")
+                       f"Not finite by themselves: ids {offenders(everyone)} of {pairs_path(cfg)}")
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step)
     optimizer.step()
@@ -292,8 +294,8 @@ def agreed(signals):
 
 def save(step):
     """A checkpoint after so many steps. A disk that is full costs the checkpoint, not the run."""
-    state = {"step": step, "config": cfg, "pairs": pairs_digest, "before": before, "held_out": now if judged == step else None,
-             "processes": world, "torch": torch.__version__}
+    state = {"step": step, "config": cfg, "pairs": pairs_digest, "before": before, "processes": world,
+             "held_out": now if judged == step else None, "torch": torch.__version__}
     error = save_checkpoint(os.path.join(folder, f"step_{step:06d}"), model, optimizer, state)
     if not error and rank == 0:
         prune(folder, cfg["keep"])
@@ -350,7 +352,8 @@ for step in range(start_step, cfg["steps"]):
     if rank == 0:
         log(metrics)
     if (step + 1) % max(1, cfg["log_interval"]) == 0 or last or step == start_step:
-        speed = "" if step == start_step else throughput(metrics, peak, world, sum(pace[-20:]) / len(pace[-20:]) * (cfg["steps"] - step - 1))
+        left = sum(pace[-20:]) / len(pace[-20:]) * (cfg["steps"] - step - 1)
+        speed = "" if step == start_step else throughput(metrics, peak, world, left)
         say(line(step + 1, metrics, f"  |grad| {metrics['grad_norm']:.2f}  {metrics['seconds']:.2f}s{speed}"), flush=True)
     if "held_out" in metrics:
         say(line(step + 1, now, "  held-out"), flush=True)
@@ -371,7 +374,8 @@ for step in range(start_step, cfg["steps"]):
 for number in (signal.SIGTERM, signal.SIGINT):
     signal.signal(number, signal.SIG_DFL)
 lap("train")
-used = torch.cuda.max_memory_allocated() if device.type == "cuda" else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+used = torch.cuda.max_memory_allocated() if device.type == "cuda" else (
+    1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)  # on a CPU with what malloc keeps for itself
 say(f"peak memory of this process so far: {used / 2**30:.2f} GiB", flush=True)
 
 # --------------------------------------------------------------------------------------- export, recall after
@@ -387,6 +391,7 @@ lap("recall_after")
 if rank == 0:
     seconds = {name: round(value, 1) for name, value in clock.items() if name != "start"}
     write_json({"config": cfg, "before": before, "after": after, "pairs": len(pairs), "processes": world,
-                "resumed": resumed, "peak_memory": used, "seconds": seconds, "torch": torch.__version__}, os.path.join(folder, "result.json"))
+                "resumed": resumed, "peak_memory": used, "seconds": seconds, "torch": torch.__version__},
+               os.path.join(folder, "result.json"))
     say(f"{export}: the aligned model; {folder}/result.json: before and after; seconds:", seconds)
 dist.destroy_process_group()

@@ -75,8 +75,8 @@ def test_adapters_mean_the_same_in_peft(tmp_path, tied, also):
 def test_an_adapter_that_peft_made_opens_here(tmp_path):
     hf = hf_model()
     hf.save_pretrained(tmp_path / "base")
-    settings = peft.LoraConfig(r=4, lora_alpha=7, target_modules=["q_proj", "up_proj"], modules_to_save=["embed_tokens"],
-                               init_lora_weights=False, task_type="CAUSAL_LM")
+    settings = peft.LoraConfig(r=4, lora_alpha=7, target_modules=["q_proj", "up_proj"], init_lora_weights=False,
+                               modules_to_save=["embed_tokens"], task_type="CAUSAL_LM")
     theirs = peft.get_peft_model(hf, settings).eval()
     theirs.save_pretrained(tmp_path / "adapter")
     tokens = rows(2, 30)

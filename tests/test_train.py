@@ -193,17 +193,19 @@ def kill(process):
 def test_a_run_killed_at_random_moments_ends_as_one_left_alone(run, tmp_path, processes):
     """kill -9 of all processes, in start-up, steps and saving. NANOLOGO_KILLS=20 for the long form."""
     kills, rng = int(os.environ.get("NANOLOGO_KILLS", 2)), random.Random(processes)
-    more = ("steps=40", "save_interval=1", *LORA)
+    more = (f"steps={20 * kills}", "save_interval=1", *LORA)
     reference = launch(*arguments(run, tmp_path / "alone", *more), processes=processes)
     assert reference.returncode == 0, reference.stderr
     folder, log, seen = tmp_path / "killed", tmp_path / "killed" / "metrics.jsonl", []
-    for _ in range(kills):
+    for number in range(kills):
         before = log.read_bytes() if log.exists() else b""
         going = subprocess.Popen(**command(*arguments(run, folder, *more, "resume=auto"), processes=processes),
                                  stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         while going.poll() is None and (log.read_bytes() if log.exists() else b"") in (before, b""):
             time.sleep(0.01)  # until it steps
         time.sleep(rng.random() * 0.6)
+        while number % 2 and going.poll() is None and not list(folder.glob("step_*.tmp")):
+            continue  # every second one dies while it saves
         kill(going)
         seen.append((len(metrics(folder)) if log.read_bytes().endswith(b"\n") else -1,
                      bool(list(folder.glob("*.tmp"))), going.communicate()[1][-300:]))
@@ -368,6 +370,9 @@ def test_an_adapter_goes_on_training_and_a_checkpoint_merges(run, checkpointed, 
     done = launch(*arguments(run, tmp_path / "more", *LORA, adapter), processes=0)
     assert done.returncode == 0, done.stderr
     assert f"loss {json.loads((checkpointed / 'result.json').read_text())['after']['held_out']['loss']:.4f}" in done.stdout.split("held-out")[0]
+    first, last = (text for text in done.stdout.splitlines() if "|grad|" in text)
+    assert done.stdout.index("expected peak memory of a process: ") < done.stdout.index("step     0")
+    assert "tokens/s" not in first and "tokens/s" in last and "TFLOP/s" in last and last.endswith("left 0:00:00")
     wrong = launch(*arguments(run, tmp_path / "wrong", "lora_r=4", "train_also=embed,norm", adapter), processes=0)
     assert wrong.returncode == 1 and "was made with lora_r=8, this run has lora_r=4" in wrong.stderr
     for source in ("adapter", "step_000004"):
