@@ -386,7 +386,7 @@ def read_state(folder, part=0, parts=1):
 
 def checkpoints(run):
     """The step_ folders of a run, the newest first."""
-    found = [path for path in glob.glob(os.path.join(glob.escape(run), "step_*")) if path.split("step_")[-1].isdigit()]
+    found = [path for path in glob.glob(os.path.join(glob.escape(str(run)), "step_*")) if path.split("step_")[-1].isdigit()]
     return sorted(found, key=lambda path: int(path.split("step_")[-1]), reverse=True)
 
 
@@ -449,7 +449,7 @@ def prune(run, keep):
     for folder in folders[keep:]:
         if folder != best:
             os.rename(folder, folder + ".tmp")  # a kill while it is being removed leaves no half checkpoint
-    for leftover in glob.glob(os.path.join(glob.escape(run), "step_*.tmp")):
+    for leftover in glob.glob(os.path.join(glob.escape(str(run)), "step_*.tmp")):
         shutil.rmtree(leftover)
 
 

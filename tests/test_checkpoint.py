@@ -131,6 +131,18 @@ def test_lora_starts_as_its_base_and_is_the_same_for_the_same_seed(tmp_path):
     assert 0.9 < A.abs().max() * A.shape[1] ** 0.5 <= 1
 
 
+@pytest.mark.parametrize("keep, left", [(1, [200, 1000000]), (2, [200, 999999, 1000000])])
+def test_the_newest_and_the_best_checkpoints_are_kept(tmp_path, keep, left):
+    for step, loss in ((100, 0.5), (200, 0.1), (300, None), (999_999, 0.3), (1_000_000, 0.4)):
+        folder = tmp_path / f"step_{step:06d}"
+        folder.mkdir()
+        held_out = {"loss": loss} if loss else None
+        (folder / "state.json").write_text(json.dumps({"step": step, "held_out": held_out}))
+    (tmp_path / "step_000050.tmp").mkdir()  # what a kill left
+    checkpoint.prune(tmp_path, keep)
+    assert sorted(int(path.name[5:]) for path in tmp_path.iterdir()) == left
+
+
 def test_files_are_readable_by_the_group_as_the_umask_says(tmp_path):
     trained_lora(tmp_path)
     old = os.umask(0o022)

@@ -218,23 +218,35 @@ def test_a_run_killed_at_random_moments_ends_as_one_left_alone(run, tmp_path, pr
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_another_number_of_processes_goes_on(run, tmp_path, number):
-    more = ("steps=30", "save_interval=0")
-    alone = launch(*arguments(run, tmp_path / "alone", *more), processes=1)
-    assert alone.returncode == 0, alone.stderr
-    folder = tmp_path / "stopped"
+def test_a_signal_saves_and_the_run_goes_on_when_asked(run, tmp_path, number):
+    folder, more = tmp_path / "stopped", ("steps=30", "save_interval=0")
     going = subprocess.Popen(**command(*arguments(run, folder, *more), processes=0), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     while going.poll() is None and not ((folder / "metrics.jsonl").exists() and len(metrics(folder)) >= 3):
         time.sleep(0.01)
     going.send_signal(number)
     out, err = going.communicate()
     assert going.returncode == 0 and not err and "resume=auto goes on from" in out, (going.returncode, out, err)
+    saved = int(list(folder.glob("step_*"))[0].name[5:])
+    assert [m["step"] for m in metrics(folder)] == list(range(1, saved + 1)) and saved < 30
     again = launch(*arguments(run, folder, *more), processes=0)
     assert again.returncode == 1 and "resume=auto goes on from it" in again.stderr and len(again.stderr.splitlines()) == 1
-    done = launch(*arguments(run, folder, *more, "resume=auto"), processes=2)
+    done = launch(*arguments(run, folder, *more, "resume=auto"), processes=0)
     assert done.returncode == 0 and "resumed from" in done.stdout, done.stderr
     assert [m["step"] for m in metrics(folder)] == list(range(1, 31))
-    assert losses(folder) == pytest.approx(losses(tmp_path / "alone"), abs=2e-4)
+
+
+@pytest.mark.parametrize("mode", [(), LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("first, then", [(1, 2), (2, 1), (2, 4)])
+def test_another_number_of_processes_goes_on_with_the_same_losses(run, tmp_path, mode, first, then):
+    more = ("save_interval=2", "steps=6", "keep=9", "micro_batch=1", *mode)
+    done = launch(*arguments(run, tmp_path, *more), processes=first)
+    assert done.returncode == 0, done.stderr
+    alone = losses(tmp_path)
+    for name in ("step_000006", "step_000004"):
+        shutil.rmtree(tmp_path / name)
+    done = launch(*arguments(run, tmp_path, *more, "resume=auto"), processes=then)
+    assert done.returncode == 0 and "step_000002" in done.stdout, done.stderr
+    assert losses(tmp_path) == pytest.approx(alone, abs=2e-4) and len(set(alone)) == len(alone) == 9
 
 
 @pytest.fixture(scope="module")
