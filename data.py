@@ -187,7 +187,8 @@ def check_settings(cfg, tokenizer):
                          ("score_with", ("question", "question+answer"))):
         if cfg[key] not in allowed:
             raise BadInput(f"{key} is {cfg[key]!r}, expected one of {', '.join(allowed)}")
-    for key in ("n_chunks", "chunk_size", "n_rejected", "draws", "batch_size", "micro_batch", "build_batch", "recall_batch", "keep"):
+    for key in ("n_chunks", "chunk_size", "n_rejected", "draws", "batch_size", "micro_batch", "build_batch", "recall_batch",
+                "keep"):
         if cfg[key] < 1:
             raise BadInput(f"{key} is {cfg[key]}, expected at least 1")
     if not 0 < cfg["top_p"] <= 1:
