@@ -179,7 +179,8 @@ def decays(name, p):
 
 decayed = [{"params": [p for name, p in trainable.items() if decays(name, p)], "weight_decay": cfg["weight_decay"]},
            {"params": [p for name, p in trainable.items() if not decays(name, p)], "weight_decay": 0.0}]
-optimizer = torch.optim.AdamW(decayed, lr=cfg["lr"], betas=(cfg["beta1"], cfg["beta2"]), fused=True)
+fused = device.type == "cuda"  # on a CPU it saves nothing that shows beside forward and backward
+optimizer = torch.optim.AdamW(decayed, lr=cfg["lr"], betas=(cfg["beta1"], cfg["beta2"]), fused=fused, foreach=not fused)
 if resumed:
     load_checkpoint(resumed, state, model, optimizer)
 
