@@ -190,13 +190,19 @@ def save_pretrained(model, folder, dtype=None, tokenizer=None, write=True):
     dtype: of the weights; None: as they are. tokenizer: the folder to copy its files from. Sharded: all processes
     call it, one with write=True; that one's memory holds one file at a time.
     """
-    if not write:
-        for _ in merged(model, dtype):
+    tensors = merged(model, dtype)
+    try:
+        if write:
+            write_model(model, tensors, folder, tokenizer)
+    finally:  # a process that writes nothing, or could not, still takes part in gathering the rest
+        for _ in tensors:
             pass
-        return
+
+
+def write_model(model, tensors, folder, tokenizer):
     with writing(folder) as tmp:
         shard, names, paths = {}, [], []
-        for name, tensor in merged(model, dtype):
+        for name, tensor in tensors:
             if shard and sum(t.nbytes for t in shard.values()) + tensor.nbytes > SHARD_BYTES:
                 names, paths, shard = [*names, list(shard)], [*paths, write_part(shard, tmp, len(paths))], {}
             shard[name] = tensor
@@ -386,8 +392,8 @@ def read_state(folder, part=0, parts=1):
 
 def checkpoints(run):
     """The step_ folders of a run, the newest first."""
-    found = [path for path in glob.glob(os.path.join(glob.escape(str(run)), "step_*")) if path.split("step_")[-1].isdigit()]
-    return sorted(found, key=lambda path: int(path.split("step_")[-1]), reverse=True)
+    found = {path: path.rsplit("step_")[-1] for path in glob.glob(os.path.join(glob.escape(str(run)), "step_*"))}
+    return sorted((path for path in found if found[path].isdigit()), key=lambda path: int(found[path]), reverse=True)
 
 
 def find_checkpoint(run, resume):

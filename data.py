@@ -15,6 +15,7 @@ import json
 import os
 import re
 import sys
+import time
 from collections import Counter
 from functools import cache
 from typing import NamedTuple
@@ -442,6 +443,8 @@ def step_samples(n_pairs, cfg, step):
 def exit_on_bad_input(kind, error, trace):
     """sys.excepthook: bad input ends with one line and exit code 1, anything else with its traceback."""
     if issubclass(kind, BadInput):
+        if int(os.environ.get("RANK", 0)):
+            time.sleep(1)  # mostly the first process has met the same: torchrun then ends this one before its line
         print(f"error: {error}", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)

@@ -27,7 +27,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from torch.distributed.tensor import DTensor
 
 from checkpoint import (find_checkpoint, load_adapter, load_checkpoint, load_pretrained, load_weights, prune,
-                        read_adapter, save_adapter, save_checkpoint, save_pretrained, sha256, start_lora)
+                        read_adapter, save_adapter, save_checkpoint, save_pretrained, sha256, start_lora, together)
 from configs import load_config
 from data import (build_pairs, check_settings, collate, encode_group, exit_on_bad_input, load_pairs, pairs_path,
                   run_folder, step_samples)
@@ -204,8 +204,8 @@ def groups_loss(samples, source):
     sums, lengths = model(*(x.to(device) for x in batch[:3]), batch.segments)
     logps = (sums / lengths).view(len(samples), -1)  # (N, M + 1) mean log-probs, the chosen first
     loss, metrics = logo_loss(logps[:, 0], logps[:, 1:], cfg["beta"], cfg["gamma"], cfg["sft_weight"])
-    tflop = step_flops(model, batch.segments, sum(end - start for start, end, _, prefix in batch.segments if prefix)) / 1e12
-    work = torch.tensor([len(batch.tokens), tflop], device=device)
+    scored = sum(end - start for start, end, _, p_end in batch.segments if p_end)
+    work = torch.tensor([len(batch.tokens), step_flops(model, batch.segments, scored) / 1e12], device=device)
     return loss, {"loss": loss.detach(), **metrics, "tokens": work[0], "tflop": work[1]}
 
 
@@ -256,8 +256,8 @@ def train_step(step):
         parts.append(metrics)
     norm, metrics = clip(), mean_over_all(parts)
     if not math.isfinite(norm + metrics["loss"]):
-        raise BadInput(f"step {step + 1}: the loss is {metrics['loss']}, the gradient {norm}; the weights are as before. "
-                       f"Not finite by themselves: ids {offenders(everyone)} of {pairs_path(cfg)}")
+        raise BadInput(f"step {step + 1}: the loss is {metrics['loss']}, the gradient {norm}; the weights are as before."
+                       f" Not finite by themselves: ids {offenders(everyone)} of {pairs_path(cfg)}")
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step)
     optimizer.step()
@@ -355,7 +355,7 @@ for step in range(start_step, cfg["steps"]):
     if (step + 1) % max(1, cfg["log_interval"]) == 0 or last or step == start_step:
         left = sum(pace[-20:]) / len(pace[-20:]) * (cfg["steps"] - step - 1)
         speed = "" if step == start_step else throughput(metrics, peak, world, left)
-        say(line(step + 1, metrics, f"  |grad| {metrics['grad_norm']:.2f}  {metrics['seconds']:.2f}s{speed}"), flush=True)
+        say(line(step + 1, metrics, f"  |grad| {metrics['grad_norm']:.2f}  {metrics['seconds']:.2f}s") + speed, flush=True)
     if "held_out" in metrics:
         say(line(step + 1, now, "  held-out"), flush=True)
         if now["chosen"] < first["chosen"] - 0.5:  # likelihood displacement: margins grow while the answer is lost
@@ -382,10 +382,15 @@ say(f"peak memory of this process so far: {used / 2**30:.2f} GiB", flush=True)
 # --------------------------------------------------------------------------------------- export, recall after
 
 export = os.path.join(folder, "hf")
-save_pretrained(model, export, dtype, cfg["model"], write=rank == 0)
-if cfg["lora_r"]:
-    save_adapter(model, os.path.join(folder, "adapter"), cfg["model"], lora, cfg["model"], write=rank == 0)
-dist.barrier()
+error = None
+try:
+    if cfg["lora_r"]:
+        save_adapter(model, os.path.join(folder, "adapter"), cfg["model"], lora, cfg["model"], write=rank == 0)
+    save_pretrained(model, export, dtype, cfg["model"], write=rank == 0)
+except BadInput as e:  # all processes have to know, or the others end with a traceback about this one
+    error = str(e)
+if error := together(error)[0]:
+    raise BadInput(error)
 del model, optimizer, trainable, decayed
 after = {"recall": recalls(cache(lambda: load_pretrained(export, dtype, device)), "after"), "held_out": now}
 lap("recall_after")
