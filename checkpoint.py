@@ -16,6 +16,7 @@ import json
 import os
 import shutil
 import sys
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -114,24 +115,19 @@ def put_in_place(tmp, folder):
     shutil.rmtree(folder + ".old", ignore_errors=True)
 
 
-class writing:
+@contextmanager
+def writing(folder):
     """with writing(folder) as tmp: fill tmp, which becomes folder at the end; a failed write leaves nothing behind."""
-
-    def __init__(self, folder):
-        self.folder, self.tmp = str(folder), f"{folder}.tmp"
-
-    def __enter__(self):
-        shutil.rmtree(self.tmp, ignore_errors=True)
-        os.makedirs(self.tmp)
-        return self.tmp
-
-    def __exit__(self, kind, error, trace):
-        if kind is None:
-            put_in_place(self.tmp, self.folder)
-            return
-        shutil.rmtree(self.tmp, ignore_errors=True)
-        if issubclass(kind, (OSError, SafetensorError)):
-            raise BadInput(f"{self.folder}: cannot be written ({error})") from error
+    tmp = f"{folder}.tmp"
+    shutil.rmtree(tmp, ignore_errors=True)
+    try:
+        os.makedirs(tmp)
+        yield tmp
+        put_in_place(tmp, str(folder))
+    except (OSError, SafetensorError) as e:
+        raise BadInput(f"{folder}: cannot be written ({e})") from e
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
 
 
 # ------------------------------------------------------------------------------------------------ model folders
@@ -455,7 +451,7 @@ def prune(run, keep):
     for folder in folders[keep:]:
         if folder != best:
             os.rename(folder, folder + ".tmp")  # a kill while it is being removed leaves no half checkpoint
-    for leftover in glob.glob(os.path.join(glob.escape(str(run)), "step_*.tmp")):
+    for leftover in glob.glob(os.path.join(glob.escape(str(run)), "step_*.*")):
         shutil.rmtree(leftover)
 
 

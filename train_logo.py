@@ -80,12 +80,14 @@ folder, clock = run_folder(cfg), {"start": time.time()}
 say = print if rank == 0 else lambda *args, **kwargs: None
 
 if rank == 0:
-    os.makedirs(folder, exist_ok=True)
-    lock = open(os.path.join(folder, ".lock"), "w")  # a killed torchrun can leave its processes at work
     try:
+        os.makedirs(folder, exist_ok=True)
+        lock = open(os.path.join(folder, ".lock"), "w")  # a killed torchrun can leave its processes at work
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as e:
+    except BlockingIOError as e:
         raise BadInput(f"{folder}: another run is at work here") from e
+    except OSError as e:
+        raise BadInput(f"{folder}: cannot be written ({e.strerror})") from e
 
 # How a run is run, not what it computes: these may change when it is resumed.
 FREE = """name out model examples pairs adapter threads micro_batch checkpointing offload_activations offload_params
@@ -256,8 +258,8 @@ def train_step(step):
         parts.append(metrics)
     norm, metrics = clip(), mean_over_all(parts)
     if not math.isfinite(norm + metrics["loss"]):
-        raise BadInput(f"step {step + 1}: the loss is {metrics['loss']}, the gradient {norm}; the weights are as before."
-                       f" Not finite by themselves: ids {offenders(everyone)} of {pairs_path(cfg)}")
+        raise BadInput(f"step {step + 1}: the loss is {metrics['loss']}, the gradient {norm}; the weights are as "
+                       f"before. Not finite by themselves: ids {offenders(everyone)} of {pairs_path(cfg)}")
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step)
     optimizer.step()
@@ -355,7 +357,8 @@ for step in range(start_step, cfg["steps"]):
     if (step + 1) % max(1, cfg["log_interval"]) == 0 or last or step == start_step:
         left = sum(pace[-20:]) / len(pace[-20:]) * (cfg["steps"] - step - 1)
         speed = "" if step == start_step else throughput(metrics, peak, world, left)
-        say(line(step + 1, metrics, f"  |grad| {metrics['grad_norm']:.2f}  {metrics['seconds']:.2f}s") + speed, flush=True)
+        extra = f"  |grad| {metrics['grad_norm']:.2f}  {metrics['seconds']:.2f}s{speed}"
+        say(line(step + 1, metrics, extra), flush=True)
     if "held_out" in metrics:
         say(line(step + 1, now, "  held-out"), flush=True)
         if now["chosen"] < first["chosen"] - 0.5:  # likelihood displacement: margins grow while the answer is lost

@@ -147,11 +147,16 @@ def corrupt(folder, name, content):
     (lambda d: f"examples={d}/none.jsonl", "none.jsonl: no such file"),
     (lambda d: "window=100", "lower n_chunks or chunk_size"),
     (lambda d: "micro_batch=3", "batch_size=8 is no multiple of"),
+    (lambda d: "lora_r=8 lora_targets=query", "lora_targets='query': expected some of q_proj,"),
+    (lambda d: f"lora_r=8 adapter={d}", "adapter_config.json: cannot be read"),
+    (lambda d: "shard_size=3", "shard_size=3 does not divide 1 processes"),
+    (lambda d: "checkpointing=False offload_activations=True", "needs checkpointing=True"),
+    (lambda d: "out=/proc/nowhere", "/proc/nowhere: cannot be written"),
 ])
 def test_bad_input_ends_with_one_line_and_leaves_nothing(tmp_path, case, message):
     given = tmp_path / "given"
     given.mkdir()
-    done = launch("configs/tiny.py", *SMALL, f"out={tmp_path / 'run'}", case(given), processes=0)
+    done = launch("configs/tiny.py", *SMALL, f"out={tmp_path / 'run'}", *case(given).split(), processes=0)
     lines = [line for line in done.stderr.splitlines() if line.strip()]
     assert done.returncode == 1 and len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0], done.stderr
     assert not (tmp_path / "run" / "pairs.jsonl").exists() and not (tmp_path / "run" / "hf").exists()
@@ -319,29 +324,47 @@ def test_a_full_disk_costs_the_checkpoint_and_not_the_run(run, checkpointed, tmp
     same_run(checkpointed, folder)
 
 
-def test_a_group_that_is_not_finite_stops_the_run_by_name(run, tmp_path):
-    """An embedding that is NaN, of a word that only some pairs hold: their ids, and no others, are in the line."""
-    model = shutil.copytree(TINY, tmp_path / "model", ignore=lambda *_: ["world.py", "make.py", "__pycache__"])
-    lines = [json.loads(text) for text in run.pairs.read_text().splitlines()]
-    pairs = [row for row in lines[1:] if "chunks" in row]
-    holders = {}
-    for row in pairs[:-4]:
-        for token in {t for chunk in row["chunks"] for t in chunk}:
-            holders.setdefault(token, set()).add(row["id"])
-    token, ids = min(holders.items(), key=lambda item: (len(item[1]) != 2, item[0]))
+def untied(run, folder, change=lambda weights: None):
+    """Arguments of a run on a copy of the tiny model whose head is a tensor of its own, with the same pairs."""
+    model = shutil.copytree(TINY, folder / "model", ignore=lambda *_: ["world.py", "make.py", "__pycache__"])
     weights = load_file(model / "model.safetensors")
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
-    weights["model.embed_tokens.weight"][token] = math.nan
+    change(weights)
     save_file(weights, model / "model.safetensors")
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
-    lines[0]["settings"]["model"] = str(model)
-    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
-    done = launch("configs/tiny.py", *SMALL, "recall_questions=0", "steps=40", "held_out=4", f"model={model}",
-                  f"pairs={tmp_path / 'pairs.jsonl'}", f"out={tmp_path / 'run'}", processes=0)
-    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and "the weights are as before" in done.stderr, done.stderr
+    header, *lines = run.pairs.read_text().splitlines()
+    settings = {**json.loads(header)["settings"], "model": str(model)}
+    (folder / "pairs.jsonl").write_text("\n".join([json.dumps({"settings": settings}), *lines]) + "\n")
+    return ("configs/tiny.py", *SMALL, "recall_questions=0", f"model={model}", f"pairs={folder / 'pairs.jsonl'}",
+            f"out={folder / 'run'}")
+
+
+def test_a_group_that_is_not_finite_stops_the_run_by_name(run, tmp_path):
+    """An embedding that is NaN, of a word that only some pairs hold: their ids, and no others, are in the line."""
+    holders = {}
+    for row in data.load_pairs(run.pairs, 2)[:-4]:
+        for token in {int(t) for chunk in row["chunks"] for t in chunk}:
+            holders.setdefault(token, set()).add(row["id"])
+    token, ids = min(holders.items(), key=lambda item: (len(item[1]) != 2, item[0]))
+    arguments = untied(run, tmp_path, lambda weights: weights["model.embed_tokens.weight"][token].fill_(math.nan))
+    done = launch(*arguments, "steps=40", processes=0)
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert "the weights are as before" in done.stderr
     named = set(json.loads(done.stderr.split("ids ")[1].split(" of ")[0]))
     assert named and named <= ids
+
+
+def test_weight_decay_shrinks_matrices_and_nothing_else(run, tmp_path):
+    """With a loss that is constant, decay is all that moves a weight."""
+    done = launch(*untied(run, tmp_path), "beta=0", "sft_weight=0", "weight_decay=10", "lora_targets=q_proj", "lora_r=4",
+                  "train_also=embed,norm,lm_head,mlp", processes=0)
+    assert done.returncode == 0, done.stderr
+    base, now = (load_file(folder / "model.safetensors") for folder in (tmp_path / "model", tmp_path / "run" / "hf"))
+    for name, weight in base.items():
+        decays = "mlp" in name or "lm_head" in name  # not the norms, not the table of embeddings, not LoRA's base or B
+        assert torch.equal(weight, now[name]) != decays, name
+        assert now[name].norm() < weight.norm() or not decays
 
 
 # -------------------------------------------------------------------------------------------- LoRA and its exports
