@@ -75,7 +75,22 @@ if cfg["adapter"]:
 # Rank 0 may write pairs for hours while the others wait. A lone process needs no rendezvous.
 alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
 dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=24), **alone)
-sys.excepthook = exit_on_bad_input  # init_process_group has put its own in front
+
+
+def leave(code):
+    """End this process, without the interpreter's own end: gloo's threads outlive destroy_process_group, and one that
+    lets go of a tensor while Python is being taken down aborts the process (PyTorch issue 190489)."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def on_error(*error):
+    exit_on_bad_input(*error)
+    leave(1)
+
+
+sys.excepthook = on_error  # also in front of what init_process_group has put there
 folder, clock = run_folder(cfg), {"start": time.time()}
 say = print if rank == 0 else lambda *args, **kwargs: None
 
@@ -374,7 +389,7 @@ for step in range(start_step, cfg["steps"]):
     if stopped and not last:
         say(f"stopped after step {step + 1}: resume=auto goes on from {folder}/step_{step + 1:06d}", flush=True)
         dist.destroy_process_group()
-        sys.exit()
+        leave(0)
 for number in (signal.SIGTERM, signal.SIGINT):
     signal.signal(number, signal.SIG_DFL)
 lap("train")
@@ -404,3 +419,4 @@ if rank == 0:
                os.path.join(folder, "result.json"))
     say(f"{export}: the aligned model; {folder}/result.json: before and after; seconds:", seconds)
 dist.destroy_process_group()
+leave(0)

