@@ -27,7 +27,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.autograd.graph import save_on_cpu
-from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 
@@ -228,7 +227,7 @@ class SegmentAttention:
     """Attention over a stream's segments: (T, H, D), (T, K, D), (T, K, D) -> (T, H, D). One layout, all layers.
 
     segments: list of (start, end, prefix_start, prefix_end), covering the stream in order. A segment without prefix
-    opens a group; one with a prefix is an answer in it.
+    opens a group; those with one follow it and are the answers to it.
     """
 
     def __init__(self, segments, device):
@@ -244,20 +243,41 @@ class SegmentAttention:
         offsets = [torch.tensor([0, *n]).cumsum(0, dtype=torch.int32).to(self.device) for n in (queries, keys)]
         return key_index, (*offsets, max(queries), max(keys))
 
+    @cached_property
+    def groups(self):
+        """For SDPA: (length of the prompt, mask of its answers' rows over the whole group) of each group."""
+        opens = [i for i, (_, _, p_start, p_end) in enumerate(self.segments) if p_start == p_end] + [len(self.segments)]
+        return [(self.segments[i][1] - self.segments[i][0], answer_mask(self.segments[i:j], self.device))
+                for i, j in zip(opens, opens[1:])]
+
     def __call__(self, q, k, v):
         if kernel := varlen_kernel(q.device, q.dtype):
             key_index, lengths = self.packed
             return kernel(q, k[key_index], v[key_index], *lengths)  # a prompt's keys once more for each answer to it
-        out = []
-        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # (1, heads, T, D)
-        for start, end, p_start, p_end in self.segments:
-            if p_end == p_start:
-                keys, values, causal = k[:, :, start:end], v[:, :, start:end], {"is_causal": True}
-            else:
-                keys, values = (torch.cat([x[:, :, p_start:p_end], x[:, :, start:end]], dim=2) for x in (k, v))
-                causal = {"attn_mask": causal_lower_right(end - start, end - start + p_end - p_start)}
-            out.append(F.scaled_dot_product_attention(q[:, :, start:end], keys, values, enable_gqa=True, **causal))
-        return torch.cat(out, dim=2)[0].transpose(0, 1)
+        out, of_groups = [], [P + len(mask) for P, mask in self.groups]
+        for (P, mask), *qkv in zip(self.groups, *(x.split(of_groups) for x in (q, k, v))):
+            q_, k_, v_ = (x.transpose(0, 1)[None] for x in qkv)  # (1, heads, T of the group, D)
+            prompt, answers = q_.split([P, len(mask)], dim=2)
+            out.append(sdpa(prompt, k_[:, :, :P], v_[:, :, :P], is_causal=True))
+            if len(mask):  # all answers at once over the keys as they lie: no copy of the prompt's for each of them
+                out.append(sdpa(answers, k_, v_, attn_mask=mask.to(q.dtype)))
+        return torch.cat(out)
+
+
+def sdpa(q, k, v, **mask):
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=True, **mask)[0].transpose(0, 1)
+
+
+def answer_mask(segments, device):
+    """0 where an answer's token (a row) sees a token of its group (a column), else -inf.
+
+    Answers next to each other are few beside a prompt, so the scores that it throws away are: 1 % of the attention
+    for three answers of 64 tokens to 2,048, 4 % for three of 512 to 8,192.
+    """
+    (first, P, _, _), *answers = segments
+    own = torch.block_diag(*(torch.ones(end - start, end - start).tril() for start, end, _, _ in answers))
+    seen = torch.cat([torch.ones(len(own), P - first), own], dim=1) if answers else torch.ones(0, P - first)
+    return torch.zeros_like(seen).masked_fill(seen == 0, -math.inf).to(device)
 
 
 class Attention(nn.Module):
