@@ -30,6 +30,9 @@ from model import IGNORE, BadInput
 from tokenizer import load_tokenizer
 
 
+PADDING = 1024  # tokens by which prompts that are answered together may differ in length
+
+
 # --------------------------------------------------------------------------------------------------- examples
 
 def read_lines(path):
@@ -281,10 +284,23 @@ def answer(cfg, model, tokenizer, generator, asked):
     for row, picked in asked:
         prefix, suffix, stops = prompt_around(cfg, tokenizer, row["question"])
         prompts.append(prefix + [t for i in picked for t in row["chunks"][i]] + suffix)
-    if not prompts:
-        return []
-    out = model.generate(prompts, cfg["max_new_tokens"], cfg["temperature"], cfg["top_p"], stops, generator)
-    return [tokenizer.decode(ids[:-1]) if ids[-1] in stops else None for ids in out]
+    out = [None] * len(prompts)
+    for batch in by_length([len(p) for p in prompts]):
+        answers = model.generate([prompts[i] for i in batch], cfg["max_new_tokens"], cfg["temperature"], cfg["top_p"], stops,
+                                 generator)
+        for i, ids in zip(batch, answers):
+            out[i] = tokenizer.decode(ids[:-1]) if ids[-1] in stops else None
+    return out
+
+
+def by_length(lengths):
+    """Indices in batches of similar lengths: a KV cache is as wide as its longest row."""
+    batches = []
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if not batches or lengths[i] - lengths[batches[-1][0]] > PADDING:
+            batches.append([])
+        batches[-1].append(i)
+    return [sorted(batch) for batch in batches]
 
 
 def plan(cfg, tokenizer, evaluator, i, example):

@@ -36,7 +36,7 @@ except ImportError:  # optional: PyTorch carries a flash kernel too
     flash_attn_varlen_func = None
 
 IGNORE = -100      # target of a token that nobody scores
-HEAD_CHUNK = 1024  # answer tokens whose logits exist at the same time
+HEAD_CHUNK = 256  # answer tokens whose logits exist at the same time
 
 
 class BadInput(ValueError):
@@ -250,6 +250,7 @@ class SegmentAttention:
         return [(self.segments[i][1] - self.segments[i][0], answer_mask(self.segments[i:j], self.device))
                 for i, j in zip(opens, opens[1:])]
 
+    @torch.compiler.disable  # segments differ from batch to batch: traced, each would compile anew
     def __call__(self, q, k, v):
         if kernel := varlen_kernel(q.device, q.dtype):
             key_index, lengths = self.packed
@@ -447,21 +448,24 @@ class Llama(nn.Module):
         if not all(len(p) for p in prompts):
             raise BadInput(f"prompt {[len(p) for p in prompts].index(0)} of {len(prompts)} is empty")
         device = self.lm_head.weight.device
-        cache = KVCache(self.config, [len(p) for p in prompts], max_new_tokens)
-        tokens = torch.tensor([t for p in prompts for t in p], device=device)
-        positions = torch.cat([torch.arange(len(p), device=device) for p in prompts])
+        place = {p: i for i, p in enumerate(dict.fromkeys(map(tuple, prompts)))}  # equal prompts are computed once
+        owners = [place[tuple(p)] for p in prompts]
+        cache = KVCache(self.config, [len(p) for p in place], owners, max_new_tokens)
+        tokens = torch.tensor([t for p in place for t in p], device=device)
+        positions = torch.cat([torch.arange(len(p), device=device) for p in place])
         x = self.trunk(tokens, positions, group_spans(positions, cache.segments), cache.prefill(device))
-        x = x[torch.tensor(cache.starts[1:], device=device) - 1]  # the last token of each prompt
-        out, alive = [[] for _ in prompts], set(range(len(prompts)))
+        x = x[torch.tensor([cache.segments[i][1] - 1 for i in owners], device=device)]  # the last token of each prompt
+        out, alive = [[] for _ in prompts], list(range(len(prompts)))
         for step in range(max_new_tokens):
-            tokens = sample(self.lm_head(x).float(), temperature, top_p, generator)
-            for i, token in enumerate(tokens.tolist()):
-                if i in alive:
-                    out[i].append(token)
-                    if token in stop_ids:
-                        alive.discard(i)
-            if not alive or step == max_new_tokens - 1:
-                return out
+            tokens = sample(self.lm_head(x).float(), temperature, top_p, generator, alive, len(prompts))
+            for i, token in zip(alive, tokens.tolist()):
+                out[i].append(token)
+            going = [row for row, i in enumerate(alive) if out[i][-1] not in stop_ids]
+            if not going or step == max_new_tokens - 1:
+                break
+            if len(going) < len(alive):  # what has ended leaves the batch
+                alive, tokens = [alive[row] for row in going], tokens[going]
+                cache.keep(going)
             positions = cache.lengths.to(device) + step
             x = self.trunk(tokens, positions, positions[:, None] + 1, cache.decode(device, step))
         return out
@@ -473,32 +477,47 @@ def group_spans(positions, segments):
     return torch.cat([(positions[a:b].max() + 1).expand(b - a, 1) for a, b in zip(starts, starts[1:])])
 
 
-def sample(logits, temperature, top_p, generator):
-    """Next token (N,) from logits (N, V): the best one at temperature 0, else from the nucleus of mass top_p."""
+def sample(logits, temperature, top_p, generator, alive, N):
+    """Next token of each row of logits (len(alive), V): the best at temperature 0, else from the nucleus of mass top_p.
+
+    alive: which of the N rows that there once were these are. Noise is drawn for all N: what a row gets does not
+    depend on which others have ended. The largest of probs / Exp(1) noise is a draw from probs.
+    """
     if temperature == 0:
         return logits.argmax(-1)
     probs, order = (logits / temperature).softmax(-1).sort(dim=-1, descending=True)
     probs = probs.masked_fill(probs.cumsum(-1) - probs >= top_p, 0)  # always keeps the first
-    return order.gather(1, torch.multinomial(probs, 1, generator=generator))[:, 0]
+    noise = probs.new_empty(N, probs.shape[1]).exponential_(generator=generator)[alive]
+    return order.gather(1, (probs / noise).argmax(-1, keepdim=True))[:, 0]
 
 
 class KVCache:
-    """Keys and values of N prompts and their answers. Prompts are prefilled as one unpadded stream."""
+    """Keys and values of N rows, each an answer and the prompt that it continues.
 
-    def __init__(self, config, lengths, max_new_tokens):
-        self.lengths = torch.tensor(lengths)
-        self.starts = [0, *self.lengths.cumsum(0).tolist()]
-        self.segments = [(a, b, 0, 0) for a, b in zip(self.starts, self.starts[1:])]
-        self.size = max(lengths) + max_new_tokens
+    The prompts are prefilled as one unpadded stream; prompt owners[i] is row i's.
+    """
+
+    def __init__(self, config, prompt_lengths, owners, max_new_tokens):
+        ends = torch.tensor(prompt_lengths).cumsum(0).tolist()
+        self.segments = [(end - length, end, 0, 0) for end, length in zip(ends, prompt_lengths)]
+        self.owners, self.lengths = owners, torch.tensor([prompt_lengths[i] for i in owners])
+        self.size = max(prompt_lengths) + max_new_tokens
         self.layers = [None] * config.num_hidden_layers
+
+    def keep(self, rows):
+        """Drop all rows but these."""
+        self.lengths = self.lengths[rows]
+        for i, cached in enumerate(self.layers):
+            self.layers[i] = cached[:, rows]
 
     def prefill(self, device):
         attention = SegmentAttention(self.segments, device)
 
         def attend(layer, q, k, v):
-            self.layers[layer] = cached = k.new_zeros(2, len(self.segments), self.size, *k.shape[1:])  # (2, N, S, K, D)
-            for i, (a, b, _, _) in enumerate(self.segments):
-                cached[0, i, :b - a], cached[1, i, :b - a] = k[a:b], v[a:b]
+            self.layers[layer] = cached = k.new_zeros(2, len(self.owners), self.size, *k.shape[1:])  # (2, N, S, K, D)
+            for row, owner in enumerate(self.owners):
+                a, b, _, _ = self.segments[owner]
+                cached[0, row, :b - a], cached[1, row, :b - a] = k[a:b], v[a:b]
             return attention(q, k, v)
 
         return [partial(attend, i) for i in range(len(self.layers))]

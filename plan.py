@@ -45,11 +45,13 @@ def step_flops(model, segments, scored):
     return work + 12 * width * seen * config.num_hidden_layers  # scores and values: 4 forward, 8 backward
 
 
-def peak_memory(model, cfg, tokens, scored, shards):
-    """{item: bytes} of one process, with their "total". tokens, scored: of the largest packed batch.
+def peak_memory(model, cfg, tokens, scored, shards, accumulating=False, naive=False):
+    """{item: bytes} of one process at its worst moment, with their "total". tokens, scored: of the largest packed batch.
 
-    shards: processes that share a copy of the weights. Left out: the allocator's gaps, NCCL's buffers, the CUDA
-    context (about 1 GiB together), and a prompt's keys that flash attention wants once more for each answer.
+    shards: processes that share a copy of the weights. accumulating: gradients of earlier micro-batches are held.
+    naive: tokens are M + 1 full rows, all of them scored at once.
+    Activations go as gradients come, so there are three moments to compare: when backward starts, when it ends, and
+    the update. Left out: the allocator's gaps, NCCL's buffers, the CUDA context (about 1 GiB together).
     """
     config, size = model.config, getattr(torch, cfg["dtype"]).itemsize
     trained, frozen = count_parameters(model)
@@ -58,21 +60,41 @@ def peak_memory(model, cfg, tokens, scored, shards):
     block = sum(p.numel() for p in blocks[0].parameters())
     root = sum(p.numel() for p in model.parameters()) - len(blocks) * block
     root_trained = trained - len(blocks) * sum(p.numel() for p in blocks[0].parameters() if p.requires_grad)
-    C, intermediate = config.hidden_size, config.intermediate_size
-    heads = (2 * config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim  # q, k, v, output
-    mlp_trains = any(p.requires_grad and p.ndim > 1 for p in blocks[0].mlp.parameters())
-    inside = tokens * size * (4 * C + heads + (4 if mlp_trains else 3) * intermediate)  # what autograd keeps of a block
-    backward = tokens * size * (2 * C + 3 * intermediate)                               # and the gradients beside it
-    inputs = 0 if cfg["offload_activations"] else len(blocks) * tokens * C * size
-    logits = min(scored, HEAD_CHUNK) * config.vocab_size * (2 * size + 12)  # as they come, float32, softmax, gradients
+    inside, backward = block_activations(model, tokens, size)
+    on_gpu = cfg["dtype"] != "float32"
+    if on_gpu and not naive:  # flash attention wants a prompt's keys and values once more for each answer to it
+        keys = tokens + (cfg["n_rejected"] + 1) * (tokens - scored)
+        keys *= 2 * config.num_key_value_heads * config.head_dim * size
+        inside, backward = inside + keys, backward + keys
+    inputs = 0 if cfg["offload_activations"] else tokens * config.hidden_size * size
+    of_block, working = (inputs, inside + backward) if cfg["checkpointing"] else (inside, backward)
+    logits = (scored if naive else min(scored, HEAD_CHUNK)) * config.vocab_size * (2 * size + 12)  # as they come, fp32, softmax, gradients
+    gradients = state * 4 * trained
+    moments = [
+        {"gradients": gradients if accumulating else state * 4 * root_trained, "activations": len(blocks) * of_block,
+         "working": max(working, logits)},
+        {"gradients": gradients, "activations": of_block, "working": working},
+        {"gradients": gradients, "activations": 0, "working": 0 if on_gpu else gradients}]  # AdamW without a fused kernel
     bytes_of = {
         "weights": state * (4 * trained + size * frozen),
-        "gradients": state * 4 * trained,
         "moments": state * 8 * trained,
         "gathered": size * (root + 2 * block) + (size + 4) * root_trained,
-        "activations": inputs if cfg["checkpointing"] else len(blocks) * inside,
-        "working": max(inside + backward, logits) if cfg["checkpointing"] else max(backward, logits)}
+        **max(moments, key=lambda moment: sum(moment.values()))}
     return {**bytes_of, "total": sum(bytes_of.values())}
+
+
+def block_activations(model, tokens, size):
+    """Bytes that autograd keeps of one block's forward, and that its backward holds beside them.
+
+    Kept of a token: the inputs of the norms and of the matrices that train, q, k, v, the attention's output (twice: as
+    it was computed and in the stream's order), gate, silu(gate), up.
+    """
+    config, block = model.config, model.model.layers[0]
+    C, I, D = config.hidden_size, config.intermediate_size, config.head_dim
+    H, K = config.num_attention_heads, config.num_key_value_heads
+    norms, mlp = (any(p.requires_grad for name, p in block.named_parameters() if part in name) for part in ("norm", "mlp"))
+    kept = (3 + 2 * norms + mlp) * C + (3 * H + 2 * K) * D + (3 + mlp) * I
+    return tokens * size * kept, tokens * size * (2 * C + 3 * I)
 
 
 def describe(trained, frozen, tokens, memory):

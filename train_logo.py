@@ -105,7 +105,7 @@ if rank == 0:
         raise BadInput(f"{folder}: cannot be written ({e.strerror})") from e
 
 # How a run is run, not what it computes: these may change when it is resumed.
-FREE = """name out model examples pairs adapter threads micro_batch checkpointing offload_activations offload_params
+FREE = """name out model examples pairs adapter threads micro_batch checkpointing compile offload_activations offload_params
 shard_size save_interval keep resume log_interval eval_interval recall_sizes recall_questions recall_batch""".split()
 resumed, state = find_checkpoint(folder, cfg["resume"])
 for key in cfg if resumed else ():
@@ -179,6 +179,8 @@ if shard_size < world:  # shard inside a node, replicate across: gathering stays
 how = {"mesh": mesh, "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32),
        "offload_policy": CPUOffloadPolicy(device.type == "cuda") if cfg["offload_params"] else OffloadPolicy()}
 for block in model.model.layers:
+    if cfg["compile"]:
+        block.compile(dynamic=True)
     fully_shard(block, **how)
 fully_shard(model, **how)  # the root keeps embeddings and head gathered until backward
 model.to_empty(device="cpu" if cfg["offload_params"] else device)
@@ -254,7 +256,7 @@ def estimate():
     batches = [pack(samples[i:i + micro], train) for i in range(0, len(samples), micro)]
     largest = max(batches, key=lambda batch: len(batch.tokens))
     scored = sum(end - start for start, end, _, p_end in largest.segments if p_end)
-    memory = peak_memory(model, cfg, len(largest.tokens), scored, shard_size)
+    memory = peak_memory(model, cfg, len(largest.tokens), scored, shard_size, accumulating=per_rank > micro)
     say(describe(trained, frozen, sum(len(batch.tokens) for batch in batches), memory), flush=True)
 
 

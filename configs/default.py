@@ -58,6 +58,7 @@ config = dict(
     beta2=0.999,             # AdamW
     grad_clip=1.0,           # largest norm of the gradient
     checkpointing=True,      # keep only the blocks' inputs, recompute the rest in backward
+    compile=False,           # torch.compile each block; its first step takes a minute
 
     # memory and machines
     offload_activations=False,  # with checkpointing: keep the blocks' inputs in host memory

@@ -586,7 +586,7 @@ def test_sampling_repeats_under_its_seed(tmp_path):
 ])
 def test_sample_draws_from_the_nucleus(temperature, top_p, expected):
     logits = torch.tensor([0.15, 0.5, 0.05, 0.3]).log().expand(20_000, 4)
-    drawn = sample(logits, temperature, top_p, torch.Generator().manual_seed(0))
+    drawn = sample(logits, temperature, top_p, torch.Generator().manual_seed(0), range(20_000), 20_000)
     assert torch.allclose(drawn.bincount(minlength=4) / 20_000, torch.tensor(expected).float(), atol=0.015)
 
 
