@@ -303,3 +303,9 @@ def test_every_key_is_read_somewhere_and_explained_once():
     for key in load_config([]).keys() - {"name"}:
         assert f'cfg["{key}"]' in source, f"{key} is never read"
         assert sum(bool(re.match(rf"    {key}=.*#", line)) for line in lines) == 1, f"{key} has no comment of its own"
+
+
+def test_prompts_of_similar_length_are_answered_together():
+    lengths = [5000, 10, 1034, 1035, 4500, 20]
+    assert data.by_length(lengths) == [[1, 2, 5], [3], [0, 4]]
+    assert data.by_length([]) == []

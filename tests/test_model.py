@@ -578,6 +578,25 @@ def test_sampling_repeats_under_its_seed(tmp_path):
     assert draw(1, top_p=1e-6) == ours.generate(PROMPTS, 12)  # a nucleus of one token is greedy
 
 
+def test_answers_to_one_prompt_share_its_prefill(tmp_path):
+    ours = reopen(hf_model(), tmp_path)
+    streams, trunk = [], ours.trunk
+    ours.trunk = lambda tokens, *rest: streams.append(len(tokens)) or trunk(tokens, *rest)
+    assert ours.generate([PROMPTS[1], PROMPTS[0], PROMPTS[1]], 6) == [ours.generate([PROMPTS[i]], 6)[0] for i in (1, 0, 1)]
+    assert streams[0] == len(PROMPTS[0]) + len(PROMPTS[1])
+
+
+def test_what_a_row_draws_does_not_depend_on_rows_that_ended(tmp_path):
+    ours = reopen(hf_model(), tmp_path)
+    rows = []
+    for i in range(40):  # until some answers stop early and others do not
+        free, stopped = (ours.generate(PROMPTS, 24, 1.0, 1.0, stops, torch.Generator().manual_seed(i)) for stops in ((), (7, 8)))
+        for a, b in zip(free, stopped):
+            assert b == a[:len(b)] and (len(b) == 24 or b[-1] in (7, 8))
+            rows.append(len(b))
+    assert len(set(rows)) > 5
+
+
 @pytest.mark.parametrize("temperature, top_p, expected", [
     (1.0, 1.0, [0.15, 0.5, 0.05, 0.3]),
     (1.0, 0.7, [0, 0.625, 0, 0.375]),              # 0.5 is not enough, 0.5 + 0.3 is

@@ -72,6 +72,7 @@ def test_the_same_command_gives_the_same_numbers(run):
 @pytest.mark.parametrize("args, processes", [
     (("micro_batch=1",), 1),
     ((), 2),
+    (("compile=True",), 1),
     (("micro_batch=2", "checkpointing=True", "offload_activations=True"), 2),
     (("micro_batch=2", "shard_size=2"), 4),
     (("micro_batch=1", "checkpointing=True", "offload_params=True"), 4)])
