@@ -3,7 +3,7 @@
     python bench.py step     [key=value]     a training step, against three ways to compute the same loss
     python bench.py limit    [key=value]     the step's work against the least that it needs, its pace against the machine's
     python bench.py generate [key=value]     answers for pairs, against transformers' generate
-    python bench.py plan CONFIG [key=value]  what a run will cost on GPUs that are not here: arithmetic
+    python bench.py plan CONFIG [key=value]  what a run will cost on GPUs that are not here: arithmetic; also config keys
 
 Each prints a table and writes it, with versions and machine, to out/bench/COMMAND.json. Peers need requirements-dev.txt.
 Inputs are random tokens of a seed, the same for all. A process measures one step and ends, so that no peer inherits
@@ -485,8 +485,8 @@ def largest(fits, high):
     return low
 
 
-def bench_plan(options, config):
-    cfg = load_config([config])
+def bench_plan(options, *config):
+    cfg = load_config(list(config))
     model, per_gpu = planned_model(cfg, options), [f for name, f in DATASHEET.items() if name in options["gpu"]]
     if not per_gpu:
         raise BadInput(f"gpu={options['gpu']!r}: expected one of {', '.join(DATASHEET)}")
@@ -536,18 +536,20 @@ def main(argv):
     commands = {"step": bench_step, "limit": bench_limit, "generate": bench_generate, "plan": bench_plan}
     if not argv or argv[0] not in commands:
         raise BadInput(f"expected {', '.join(commands)}, found {' '.join(argv[:1]) or 'nothing'}")
-    name, options = argv[0], dict(OPTIONS[argv[0]])
-    files = argv[1:2] if name == "plan" and "=" not in "".join(argv[1:2]) else []
-    if name == "plan" and not files:
-        raise BadInput("plan: expected a config file, as in: python bench.py plan configs/llama3_8b_80k.py")
-    for arg in argv[1 + len(files):]:
+    name, options, config = argv[0], dict(OPTIONS[argv[0]]), []
+    for arg in argv[1:]:
         key, equals, text = arg.partition("=")
-        if not equals:
+        if name == "plan" and key not in options:
+            config.append(arg)  # the config file, or one of its keys
+        elif not equals:
             raise BadInput(f"command line: expected key=value, found {arg!r}")
-        options[key] = checked(options, key, parse(text, options.get(key)), "command line")
+        else:
+            options[key] = checked(options, key, parse(text, options.get(key)), "command line")
+    if name == "plan" and (not config or "=" in config[0]):
+        raise BadInput("plan: expected a config file, as in: python bench.py plan configs/llama3_8b_80k.py")
     if "model" in options and not os.path.isfile(os.path.join(options["model"], "config.json")):
         raise BadInput(f"model={options['model']!r}: no config.json there (README, \"A real checkpoint\", makes models/smollm2)")
-    table = commands[name](options, *files)
+    table = commands[name](options, *config)
     os.makedirs("out/bench", exist_ok=True)
     write_json({"command": ["bench.py", *argv], "options": options, **machine(), "table": table}, f"out/bench/{name}.json")
 
