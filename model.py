@@ -36,7 +36,7 @@ except ImportError:  # optional: PyTorch carries a flash kernel too
     flash_attn_varlen_func = None
 
 IGNORE = -100      # target of a token that nobody scores
-HEAD_CHUNK = 256  # answer tokens whose logits exist at the same time
+HEAD_CHUNK = 256   # answer tokens whose logits exist at the same time
 
 
 class BadInput(ValueError):
@@ -275,9 +275,10 @@ def answer_mask(segments, device):
     Answers next to each other are few beside a prompt, so the scores that it throws away are: 1 % of the attention
     for three answers of 64 tokens to 2,048, 4 % for three of 512 to 8,192.
     """
-    (first, P, _, _), *answers = segments
+    (start, end, _, _), *answers = segments
+    P = end - start
     own = torch.block_diag(*(torch.ones(end - start, end - start).tril() for start, end, _, _ in answers))
-    seen = torch.cat([torch.ones(len(own), P - first), own], dim=1) if answers else torch.ones(0, P - first)
+    seen = torch.cat([torch.ones(len(own), P), own], dim=1) if answers else torch.ones(0, P)
     return torch.zeros_like(seen).masked_fill(seen == 0, -math.inf).to(device)
 
 
@@ -306,7 +307,16 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(I, C, bias=config.mlp_bias)
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(again(swiglu, self.gate_proj(x), self.up_proj(x)))
+
+
+def swiglu(gate, up):
+    return F.silu(gate) * up
+
+
+def again(function, x, *more):
+    """function(x, *more), computed once more in backward: what is elementwise is dearer to keep than to repeat."""
+    return checkpoint(function, x, *more, use_reentrant=False, preserve_rng_state=False)
 
 
 class Block(nn.Module):
@@ -324,11 +334,11 @@ class Block(nn.Module):
             return self.compute(x, cos, sin, attend)
         compute = partial(self.compute, cos=cos, sin=sin, attend=attend)  # bound: what all blocks share stays put
         with save_on_cpu(pin_memory=x.is_cuda) if self.offload else nullcontext():  # takes what checkpoint keeps: x
-            return checkpoint(compute, x, use_reentrant=False)
+            return again(compute, x)
 
     def compute(self, x, cos, sin, attend):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x = x + self.self_attn(again(self.input_layernorm, x), cos, sin, attend)
+        return x + self.mlp(again(self.post_attention_layernorm, x))
 
 
 # ------------------------------------------------------------------------------------------------------ LoRA
@@ -415,8 +425,7 @@ class Llama(nn.Module):
         for i, (start, end, _, _) in enumerate(answers):
             answer_of[start:end] = i
         rows = (targets != IGNORE).nonzero()[:, 0]  # logits exist for these rows only
-        logps = torch.cat([checkpoint(self.token_logps, x[r], targets[r], use_reentrant=False)
-                           for r in rows.split(HEAD_CHUNK)])
+        logps = torch.cat([again(self.token_logps, x[r], targets[r]) for r in rows.split(HEAD_CHUNK)])
         zeros = torch.zeros(len(answers), dtype=logps.dtype, device=logps.device)
         owner = answer_of[rows]
         return zeros.index_add(0, owner, logps), torch.bincount(owner, minlength=len(answers))

@@ -87,13 +87,13 @@ def block_activations(model, tokens, size):
     """Bytes that autograd keeps of one block's forward, and that its backward holds beside them.
 
     Kept of a token: the inputs of the norms and of the matrices that train, q, k, v, the attention's output (twice: as
-    it was computed and in the stream's order), gate, silu(gate), up.
+    it was computed and in the stream's order), gate, up.
     """
     config, block = model.config, model.model.layers[0]
     C, I, D = config.hidden_size, config.intermediate_size, config.head_dim
     H, K = config.num_attention_heads, config.num_key_value_heads
-    norms, mlp = (any(p.requires_grad for name, p in block.named_parameters() if part in name) for part in ("norm", "mlp"))
-    kept = (3 + 2 * norms + mlp) * C + (3 * H + 2 * K) * D + (3 + mlp) * I
+    mlp = any(p.requires_grad for p in block.mlp.parameters())
+    kept = (3 + mlp) * C + (3 * H + 2 * K) * D + (2 + mlp) * I
     return tokens * size * kept, tokens * size * (2 * C + 3 * I)
 
 
