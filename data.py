@@ -1,106 +1,33 @@
 """From examples to batches: everything before the model sees a tensor.
 
-    example        {"context": str or [passage, ...], "question": str, "answers": [str, ...]}
+    example        {"context": str or [passage, ...], "question": str, "answers": [str, ...]}          corpus.py
       chunk          -> chunks, lists of token ids; their borders stay in token ids from here on
       score, select  -> which chunks the chosen, the rejected and the training prompt see      Sec. 3.2.2
-      generate       -> chosen and M rejected answers, by the policy itself
-    pairs.jsonl    {"id", "question", "answers", "chunks", "scores", "chosen", "rejected"}   text above, integers below
+      generate       -> chosen and M rejected answers, by the policy itself                            pairs.py
+    pairs.jsonl    {"id", "question", "answers", "chunks", "scores", "chosen", "rejected", "audit"}     text above, integers
       encode_group   -> tokens, targets, segments of a prompt and its M + 1 answers            the only shift
       synthesize     -> positions spread over the window                                       Eq. 4
     batch          one packed stream of groups, a function of (seed, step) alone
 
     python data.py configs/NAME.py key=value      builds the pairs, or goes on building them
+    python data.py stats PAIRS                    what is in them, and (with matplotlib) how positions cover the window
+    python data.py show PAIRS 7                   pair 7, to read
+    python data.py score configs/NAME.py          what chunks and scores come to, before any answer is written
 """
-import json
 import os
 import re
 import sys
 import time
-from collections import Counter
-from functools import cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
-from configs import load_config, run_file
+from configs import load_config
 from checkpoint import load_pretrained
 from model import IGNORE, BadInput
 from tokenizer import load_tokenizer
-
-
-PADDING = 1024  # tokens by which prompts that are answered together may differ in length
-
-
-# --------------------------------------------------------------------------------------------------- examples
-
-def read_lines(path):
-    """(line number, dict) of a JSON-lines file; BadInput names the line that is not one."""
-    if not os.path.isfile(path):
-        raise BadInput(f"{path}: no such file")
-    with open(path, encoding="utf-8") as f:
-        for number, line in enumerate(f, 1):
-            try:
-                row = json.loads(line)
-            except ValueError as e:
-                raise BadInput(f"{path}, line {number}: not JSON ({e})") from e
-            if not isinstance(row, dict):
-                raise BadInput(f"{path}, line {number}: expected a JSON object, found {line.strip()[:40]!r}")
-            yield number, row
-
-
-def read_examples(cfg, split, size=None):
-    """Examples for the pairs (split "train") or fresh ones to count recall on (split "recall"); never both.
-
-    size: passages around the question, or tokens of context where the corpus is a .py with
-    examples(count, size, seed). A corpus file is shuffled once by the seed; "train" takes its head, "recall" its end.
-    """
-    path, size = cfg["examples"], size or cfg["context_size"]
-    train, count = cfg["n_examples"], cfg["recall_questions"]
-    if path.endswith(".py"):
-        if not train:
-            raise BadInput(f"n_examples is 0, expected how many to take from {path}: a generated corpus has no end")
-        seed = cfg["seed"] * 1_000_003 + (size + 1 if split == "recall" else 0)
-        return list(run_file(path).examples(train if split == "train" else count, size, seed))
-    rows = [checked_example(row, f"{path}, line {number}") for number, row in read_lines(path)]
-    order = np.random.default_rng(cfg["seed"]).permutation(len(rows))
-    train = min(train or len(rows), len(rows))
-    if split == "recall" and train + count > len(rows):
-        raise BadInput(f"{path}: {len(rows)} examples, expected {train} for pairs + {count} for recall_questions")
-    rows = [rows[i] for i in (order[:train] if split == "train" else order[len(rows) - count:])]
-    return [with_distractors(i, rows, size, cfg["seed"]) if "text" in row else row for i, row in enumerate(rows)]
-
-
-def checked_example(row, where):
-    for key in ("question", "text" if "text" in row else "context"):
-        if not isinstance(row.get(key), str) or not row[key].strip():
-            raise BadInput(f"{where}: {key!r} is {row.get(key)!r}, expected a text that is not empty")
-    answers = row.get("answers", [row["answer"]] if row.get("answer") else [])
-    if not isinstance(answers, list) or not all(isinstance(a, str) and a.strip() for a in answers):
-        raise BadInput(f"{where}: 'answers' is {answers!r}, expected a list of texts that are not empty")
-    return {**row, "answers": answers}
-
-
-def with_distractors(i, rows, size, seed):
-    """Row i with its passage among size - 1 passages of other rows, in random order."""
-    rng = np.random.default_rng([seed, i])
-    if size > len(rows):
-        raise BadInput(f"context_size is {size} passages, the corpus has {len(rows)}")
-    others = [j for j in rng.permutation(len(rows))[:size] if j != i][:size - 1]
-    passages = [f"{rows[j].get('title', '')}\n{rows[j]['text']}".strip() for j in rng.permutation([i, *others])]
-    return {"question": rows[i]["question"], "answers": rows[i]["answers"], "context": passages}
-
-
-def normalize(text):
-    """Lower case, no articles, no punctuation, single spaces: how answers are compared."""
-    return " ".join(re.sub(r"\b(a|an|the)\b|[^\w\s]|_", " ", text.lower()).split())
-
-
-def is_right(text, answers):
-    """Whether a generated text contains one of the reference answers."""
-    text = f" {normalize(text)} "
-    return any(f" {normalize(answer)} " in text for answer in answers)
 
 
 # ---------------------------------------------------------------------------------- chunks, scores, selection
@@ -115,12 +42,34 @@ where which while who whom whose why will with within without would year yes you
 
 
 def words_evaluator(text):
-    """The built-in evaluator: names, numbers and uncommon words of a text, lower-cased. text -> set of str.
-
-    An evaluator is any function of this form; the paper uses spaCy's entities (Sec. 3.2.2).
-    """
+    """The built-in evaluator: names, numbers and uncommon words of a text, lower-cased. text -> set of str."""
     words = set(re.findall(r"\w+(?:[.,]\d+)*", text))
     return {w.lower() for w in words if w.lower() not in COMMON and (w[0].isdigit() or w[0].isupper() or len(w) > 3)}
+
+
+def spacy_evaluator(name):
+    """spaCy's entities, and the lemmas of nouns and verbs, as in the public code of the paper. text -> set of str."""
+    try:
+        import spacy
+        model = spacy.load(name, exclude=["parser"])
+    except ImportError as e:
+        raise BadInput("evaluator=spacy needs: pip install spacy") from e
+    except OSError as e:
+        raise BadInput(f"spacy_model={name!r} is not installed: python -m spacy download {name}") from e
+    model.max_length = 1 << 30  # chunks are short; a question may be a paragraph
+
+    @lru_cache(4096)  # a document's chunks come again with each of its questions
+    def entities(text):
+        doc = model(text)
+        lemmas = (token.lemma_ for token in doc if token.pos_ in ("NOUN", "VERB"))
+        return frozenset(word.lower() for word in (*(entity.text for entity in doc.ents), *lemmas))
+
+    return entities
+
+
+def load_evaluator(cfg):
+    """The function of a config that finds the entities of a text: text -> set of str (Sec. 3.2.2)."""
+    return spacy_evaluator(cfg["spacy_model"]) if cfg["evaluator"] == "spacy" else words_evaluator
 
 
 def chunk(context, tokenizer, size):
@@ -166,33 +115,27 @@ def select(scores, n_chunks, delta, max_critical, n_rejected, rng):
     return Selection(sorted(critical), rejected, sorted(training)), None
 
 
-# ------------------------------------------------------------------------------------------------------ pairs
+# --------------------------------------------------------------------------------------------------- settings
 
-BUILD_KEYS = """model template seed examples context_size n_examples chunk_size n_chunks delta max_critical score_with
-prompt_head prompt_tail n_rejected candidates require_correct max_new_tokens temperature top_p build_batch""".split()
-
-
-def pairs_path(cfg):
-    return cfg["pairs"] or os.path.join(run_folder(cfg), "pairs.jsonl")
+def around(cfg, question):
+    """The text before and after a prompt's chunks, inside the user's turn; a ready pair's prompt (no question) has none."""
+    return ("", "") if question is None else (cfg["prompt_head"], cfg["prompt_tail"].replace("{question}", question))
 
 
-def run_folder(cfg):
-    return cfg["out"] or os.path.join("out", cfg["name"])
-
-
-def prompt_around(cfg, tokenizer, question):
+def prompt_around(cfg, tokenizer, question, system=None):
     """(prefix, suffix, stops): the token ids before and after a prompt's chunks, and those that end an answer."""
-    return tokenizer.chat(cfg["prompt_head"], cfg["prompt_tail"].format(question=question))
+    return tokenizer.chat(*around(cfg, question), system)
 
 
 def check_settings(cfg, tokenizer):
     """Before any work: the settings with a choice, and whether N chunks, a question and an answer fit the window."""
-    for key, allowed in (("positions", ("continuous", "sparse", "mix", "none")), ("dtype", ("float32", "bfloat16")),
-                         ("score_with", ("question", "question+answer"))):
+    for key, allowed in (("positions", (*STRATEGIES, "mix")), ("dtype", ("float32", "bfloat16")),
+                         ("score_with", ("question", "question+answer")), ("evaluator", ("words", "spacy")),
+                         ("chosen_from", ("generated", "reference")), ("endpoint_api", ("chat", "completions"))):
         if cfg[key] not in allowed:
             raise BadInput(f"{key} is {cfg[key]!r}, expected one of {', '.join(allowed)}")
     for key in ("n_chunks", "chunk_size", "n_rejected", "draws", "batch_size", "micro_batch", "build_batch", "recall_batch",
-                "keep"):
+                "keep", "questions", "endpoint_requests"):
         if cfg[key] < 1:
             raise BadInput(f"{key} is {cfg[key]}, expected at least 1")
     if not 0 < cfg["top_p"] <= 1:
@@ -208,157 +151,51 @@ def check_settings(cfg, tokenizer):
                        f"for question and answer (max_new_tokens={cfg['max_new_tokens']}): lower n_chunks or chunk_size")
 
 
-def start_file(path, header):
-    """Ids already in the pairs' file. A line cut short by a kill is taken off; other settings are refused."""
-    done = set()
-    if not os.path.exists(path):
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        with open(path, "w", encoding="utf-8") as f:
-            f.write(json.dumps({"settings": header}) + "\n")
-        return done
-    with open(path, "rb+") as f:
-        content = f.read()
-        f.truncate(content.rfind(b"\n") + 1)
-    if b"\n" not in content:
-        os.remove(path)
-        return start_file(path, header)
-    for number, row in read_lines(path):
-        if number == 1:
-            built = row.get("settings", {})
-            for key in header:
-                if built.get(key) != header[key]:
-                    raise BadInput(f"{path}: was built with {key}={built.get(key)!r}, now it is {header[key]!r}: "
-                                   "name another file with pairs=, or remove this one")
-        else:
-            done.add(row.get("id"))
-    return done
-
-
-def build_pairs(cfg, policy, tokenizer, evaluator=words_evaluator):
-    """Append a line for each example to the pairs' file: a pair, or {"id", "dropped": reason}.
-
-    Examples go through in blocks of build_batch, whose sampling is seeded by the block: an interrupted build that
-    goes on writes the same file as one that was left alone. policy: a function that opens the model; it is not
-    called where no pair is missing.
-    """
-    check_settings(cfg, tokenizer)
-    path, examples = pairs_path(cfg), read_examples(cfg, "train")
-    done = start_file(path, {key: cfg[key] for key in BUILD_KEYS})
-    size = cfg["build_batch"]
-    with open(path, "a", encoding="utf-8") as f, tqdm(total=len(examples), desc="pairs", disable=None) as bar:
-        for start in range(0, len(examples), size):
-            ids = range(start, min(start + size, len(examples)))
-            if not done.issuperset(ids):
-                for row in build_block(cfg, policy(), tokenizer, evaluator, ids, [examples[i] for i in ids]):
-                    if row["id"] not in done:
-                        f.write(json.dumps(row, ensure_ascii=False) + "\n")
-                f.flush()
-            bar.update(len(ids))
-    reasons = Counter(row.get("dropped", "") for number, row in read_lines(path) if number > 1)
-    print(f"{path}: {reasons.pop('', 0)} pairs of {len(examples)} examples"
-          + "".join(f", {n} dropped: {reason}" for reason, n in reasons.most_common()))
-
-
-def build_block(cfg, model, tokenizer, evaluator, ids, examples):
-    """The lines of a block of examples, in order. Rejected answers are only generated where the chosen one holds."""
-    planned = [plan(cfg, tokenizer, evaluator, i, e) for i, e in zip(ids, examples)]
-    generator = torch.Generator(model.lm_head.weight.device).manual_seed(cfg["seed"] * 1_000_003 + ids[0])
-    alive = [(row, selection) for row, selection in planned if not row["dropped"]]
-    asked = [(row, selection.chosen) for row, selection in alive]
-    for (row, _), text in zip(alive, answer(cfg, model, tokenizer, generator, asked)):
-        row["chosen"], row["dropped"] = text, fault_of_chosen(text, row["answers"], cfg["require_correct"])
-    alive = [(row, selection) for row, selection in alive if not row["dropped"]]
-    asked = [(row, picked) for row, selection in alive for picked in selection.rejected]
-    texts = iter(answer(cfg, model, tokenizer, generator, asked))
-    for row, selection in alive:
-        row["rejected"], row["dropped"] = keep_rejected(row, [next(texts) for _ in selection.rejected], cfg)
-        row.update({key: [row[key][i] for i in selection.training] for key in ("chunks", "scores")})
-    for row, _ in planned:
-        reason = row.pop("dropped")
-        yield {"id": row["id"], "dropped": reason} if reason else row
-
-
-def answer(cfg, model, tokenizer, generator, asked):
-    """The policy's answer to each (row, chunk indices); None for one that did not end within max_new_tokens."""
-    prompts, stops = [], ()
-    for row, picked in asked:
-        prefix, suffix, stops = prompt_around(cfg, tokenizer, row["question"])
-        prompts.append(prefix + [t for i in picked for t in row["chunks"][i]] + suffix)
-    out = [None] * len(prompts)
-    for batch in by_length([len(p) for p in prompts]):
-        answers = model.generate([prompts[i] for i in batch], cfg["max_new_tokens"], cfg["temperature"], cfg["top_p"], stops,
-                                 generator)
-        for i, ids in zip(batch, answers):
-            out[i] = tokenizer.decode(ids[:-1]) if ids[-1] in stops else None
-    return out
-
-
-def by_length(lengths):
-    """Indices in batches of similar lengths: a KV cache is as wide as its longest row."""
-    batches = []
-    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if not batches or lengths[i] - lengths[batches[-1][0]] > PADDING:
-            batches.append([])
-        batches[-1].append(i)
-    return [sorted(batch) for batch in batches]
-
-
-def plan(cfg, tokenizer, evaluator, i, example):
-    """(row, Selection) of an example; where there is no Selection, row["dropped"] says why."""
-    chunks = chunk(example["context"], tokenizer, cfg["chunk_size"])
-    wanted = evaluator(example["question"])
-    if cfg["score_with"] == "question+answer":
-        wanted = wanted.union(*(evaluator(answer) for answer in example["answers"]))
-    scores = [len(wanted & evaluator(tokenizer.decode(c))) for c in chunks]
-    selection, reason = select(scores, cfg["n_chunks"], cfg["delta"], cfg["max_critical"],
-                               cfg["candidates"] or cfg["n_rejected"], np.random.default_rng([cfg["seed"], i]))
-    return {"id": i, "question": example["question"], "answers": example["answers"], "chunks": chunks, "scores": scores,
-            "dropped": reason}, selection
-
-
-def fault_of_chosen(text, answers, require_correct):
-    """Why a chosen answer makes no pair, or None."""
-    if text is None:
-        return "chosen unfinished"
-    if not text.strip():
-        return "chosen empty"
-    return "chosen wrong" if require_correct and answers and not is_right(text, answers) else None
-
-
-def keep_rejected(row, candidates, cfg):
-    """(the first M usable candidates, None); where fewer than M are usable, the fault of the last that was not."""
-    kept, seen, last = [], {normalize(row["chosen"])}, None
-    for text in candidates:
-        fault = ("rejected unfinished" if text is None else "rejected empty" if not text.strip() else
-                 "rejected equals another answer" if normalize(text) in seen else
-                 "rejected right" if cfg["require_correct"] and is_right(text, row["answers"]) else None)
-        if fault is None:
-            kept.append(text)
-            seen.add(normalize(text))
-        last = fault or last
-    return kept[:cfg["n_rejected"]], last if len(kept) < cfg["n_rejected"] else None
-
-
-def load_pairs(path, n_rejected):
-    """Pairs of a file, chunks as int32 arrays. BadInput for a pair that the loss cannot use."""
-    pairs = []
-    for number, row in read_lines(path):
-        if "dropped" in row or "settings" in row:
-            continue
-        where = f"{path}, line {number}"
-        for key in ("id", "question", "chunks", "chosen", "rejected"):
-            if row.get(key) in (None, "", []):
-                raise BadInput(f"{where}: {key!r} is {row.get(key)!r}, expected something")
-        if len(row["rejected"]) < n_rejected or not all(a.strip() for a in [row["chosen"], *row["rejected"]]):
-            found = len(row["rejected"])
-            raise BadInput(f"{where}: {found} rejected answers, expected {n_rejected}, and no empty answer")
-        pairs.append({**row, "chunks": [np.array(c, dtype=np.int32) for c in row["chunks"]]})
-    if not pairs:
-        raise BadInput(f"{path}: no pairs in it")
-    return pairs
-
-
 # -------------------------------------------------------------------------------------------------- positions
+
+def slots(lengths, slack):
+    """(start, length, room) of each chunk's own stretch of the window: its length, and 1/N of the slack as room."""
+    start, N = 0, len(lengths)
+    for c, length in enumerate(lengths):
+        room = (c + 1) * slack // N - c * slack // N
+        yield start, length, room
+        start += length + room
+
+
+def continuous(lengths, slack, draw, draws, shared, own):
+    """Each chunk moves as a whole within its slot. Draw d of an example falls into its own share of every slot."""
+    spans = []
+    for start, length, room in slots(lengths, slack):
+        stratum = shared.permutation(draws)[draw]         # the same permutation for every draw of the example
+        spans.append(start + int((stratum + own.random()) / draws * (room + 1)) + np.arange(length))
+    return np.concatenate(spans)
+
+
+def sparse(lengths, slack, draw, draws, shared, own):
+    """Each chunk's tokens are spread over its slot."""
+    return np.concatenate([start + np.sort(own.choice(length + room, length, replace=False))
+                           for start, length, room in slots(lengths, slack)])
+
+
+def pose(lengths, slack, draw, draws, shared, own):
+    """PoSE (arXiv 2309.10400) with two pieces: from a random token on, everything skips ahead at random."""
+    n = sum(lengths)
+    return np.arange(n) + (np.arange(n) >= own.integers(1, max(2, n))) * own.integers(0, slack + 1)
+
+
+def randpos(lengths, slack, draw, draws, shared, own):
+    """RandPOS (arXiv 2305.16843): sorted random positions for all tokens."""
+    n = sum(lengths)
+    return np.sort(own.choice(n + slack, n, replace=False))
+
+
+def none(lengths, slack, draw, draws, shared, own):
+    """0, 1, 2, ..."""
+    return np.arange(sum(lengths))
+
+
+STRATEGIES = {f.__name__: f for f in (continuous, sparse, pose, randpos, none)}
+
 
 def synthesize_positions(chunk_lengths, prefix, tail, window, kind, draw, draws, seed):
     """Positions of prefix + chunks, and of the first token after them: (int64 array, int). Eq. 4 and App. D.
@@ -368,29 +205,16 @@ def synthesize_positions(chunk_lengths, prefix, tail, window, kind, draw, draws,
 
         0 prefix | slot 0: ..[chunk 0].... | slot 1: [chunk 1]...... | ... | tail            < window
 
-    kind: "continuous": the chunk moves as a whole; "sparse": its tokens are spread over the slot; "none": 0, 1, 2, ...
-    draw, draws: draw d of an example falls into its own share of every slot, so that together they cover it.
+    kind: one of STRATEGIES; pose and randpos are there to compare with. draw, draws: draw d of so many of an example.
     Strictly increasing, below the window. A pure function; seed: int or sequence of ints, without the draw.
     """
-    N, used = len(chunk_lengths), prefix + sum(chunk_lengths) + tail
-    slack = window - used
-    if slack < 0:
-        raise BadInput(f"{N} chunks, question and answer need {used} positions, window is {window}: "
+    used = prefix + sum(chunk_lengths) + tail
+    if used > window:
+        raise BadInput(f"{len(chunk_lengths)} chunks, question and answer need {used} positions, window is {window}: "
                        "lower n_chunks or chunk_size")
-    if kind == "none":
-        return np.arange(used - tail), used - tail
     shared, own = np.random.default_rng(seed), np.random.default_rng([*np.atleast_1d(seed), draw])
-    spans, start = [np.arange(prefix)], prefix
-    for c, length in enumerate(chunk_lengths):
-        room = (c + 1) * slack // N - c * slack // N         # this slot's share of the slack
-        if kind == "continuous":
-            stratum = shared.permutation(draws)[draw]         # the same permutation for every draw of the example
-            offset = int((stratum + own.random()) / draws * (room + 1))
-            spans.append(start + offset + np.arange(length))
-        else:
-            spans.append(start + np.sort(own.choice(length + room, length, replace=False)))
-        start += length + room
-    positions = np.concatenate(spans)
+    placed = STRATEGIES[kind](chunk_lengths, window - used, draw, draws, shared, own)
+    positions = np.concatenate([np.arange(prefix), prefix + placed])
     return positions, int(positions[-1]) + 1
 
 
@@ -417,7 +241,7 @@ def encode_group(pair, tokenizer, cfg, draw=0, epoch=0):
         stream     [ prompt - last token | last token, chosen - its last | last token, rejected 1 - its last | ... ]
         targets    [ IGNORE ...          | chosen                        | rejected 1                        | ... ]
     """
-    prefix, suffix, stops = prompt_around(cfg, tokenizer, pair["question"])
+    prefix, suffix, stops = prompt_around(cfg, tokenizer, pair["question"], pair.get("system"))
     answers = [tokenizer.encode(text) + stops[:1] for text in [pair["chosen"], *pair["rejected"][:cfg["n_rejected"]]]]
     seed, tail = (cfg["seed"], pair["id"], epoch), len(suffix) + max(map(len, answers))
     placed, after = synthesize_positions([len(c) for c in pair["chunks"]], len(prefix), tail, cfg["window"],
@@ -466,13 +290,20 @@ def exit_on_bad_input(kind, error, trace):
         sys.__excepthook__(kind, error, trace)
 
 
+def main(argv):
+    import look
+    from pairs import build_pairs
+    if argv[:1] in (["score"], ["stats"], ["show"]):
+        return getattr(look, argv[0])(argv[1:])
+    cfg = load_config(argv)
+    if cfg["threads"]:
+        torch.set_num_threads(cfg["threads"])
+    tokenizer = load_tokenizer(cfg["model"], cfg["template"])
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    policy = cache(lambda: load_pretrained(cfg["model"], getattr(torch, cfg["dtype"]), device, cfg["adapter"]))
+    return int(build_pairs(cfg, policy, tokenizer) > 0)
+
+
 if __name__ == "__main__":
     sys.excepthook = exit_on_bad_input
-    config = load_config(sys.argv[1:])
-    if config["threads"]:
-        torch.set_num_threads(config["threads"])
-    tok = load_tokenizer(config["model"], config["template"])
-    check_settings(config, tok)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    build_pairs(config, cache(lambda: load_pretrained(config["model"], getattr(torch, config["dtype"]), device,
-                                                      config["adapter"])), tok)
+    sys.exit(main(sys.argv[1:]))

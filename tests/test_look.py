@@ -1,0 +1,99 @@
+"""look.py: what the table counts, and coverage against counting by hand."""
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import look
+from configs import load_config
+from data import load_tokenizer
+from model import BadInput
+
+ROOT = Path(__file__).parent.parent
+TINY = str(ROOT / "models" / "tiny")
+
+
+def test_distances_equal_counting_by_hand():
+    positions = np.sort(np.random.default_rng(0).choice(300, 80, replace=False))
+    held, every, answer = look.distances(positions, 5, 300)
+    by_hand = np.zeros(300)
+    for i in range(80):
+        for j in range(i):
+            by_hand[positions[i] - positions[j]] += 1
+    assert (every == by_hand).all() and held.sum() == 80 and every.sum() == 80 * 79 / 2
+    assert answer.sum() == 75 and answer[positions[-1] - positions[0]] == 1
+
+
+def test_distance_to_uniform():
+    assert look.to_uniform(np.array([9, 1, 1, 1, 1])) == 0 and look.to_uniform(np.array([0, 4, 0, 0, 0])) == 0.75
+
+
+def test_the_literal_equation_puts_chunks_out_of_order():
+    lengths, out_of_order = [16] * 8, 0
+    for sample in range(50):
+        positions = look.place("independent", lengths, 8, 1024, 0, sample, 1)
+        assert 0 <= positions.min() and positions.max() < 1024
+        out_of_order += (np.diff(positions) <= 0).any()
+    assert out_of_order > 25
+
+
+def test_coverage_of_the_strategies():
+    """Sparse is as uniform as RandPOS, continuous nearly; one skip, no skip and independent biases are not."""
+    found = look.coverage([64] * 16, 8192, 0.1, 2)
+    answer = {name: look.to_uniform(counts) for name, (_, _, counts) in found.items()}
+    every = {name: look.to_uniform(counts) for name, (_, counts, _) in found.items()}
+    for distance in (answer, every):
+        assert abs(distance["sparse"] - distance["randpos"]) < 0.01
+        assert distance["sparse"] <= distance["mix"] <= distance["continuous"] < distance["sparse"] + 0.1
+        assert distance["continuous"] + 0.05 < distance["independent"] < distance["pose"] < distance["none"]
+
+
+def row(i, **change):
+    tokenizer = load_tokenizer(TINY)
+    return {"id": i, "question": "Who is Rosa?", "answers": ["Naples"], "scores": [2, 0],
+            "chunks": [tokenizer.encode(" Rosa paints in Naples."), tokenizer.encode(" Snow falls in Turin.")],
+            "chosen": " Rosa paints in Naples.", "rejected": [" Rosa sails in Turin.", " Ida sings in Berlin."],
+            "audit": {"chosen_right": True, "chosen_saw_evidence": True, "rejected_right": [False, None], "rejected_saw_evidence": [False, True],
+                      "pattern": ["irrelevant", "mix"], "error": ["hallucination", "unfollowing"], "length_ratio": 1.0, "overlap": [0.3, 0.1]}, **change}
+
+
+def write(path):
+    found = [{"settings": {"model": TINY}}, row(0), {"id": 1, "dropped": "chosen wrong"}, row(2), {"id": 3, "dropped": "chosen wrong"}]
+    path.write_text("".join(json.dumps(r) + "\n" for r in found))
+    return path
+
+
+def test_stats_counts_what_is_there(tmp_path, capsys):
+    look.stats([str(write(tmp_path / "p.jsonl"))])
+    out = capsys.readouterr().out
+    for line in ("2 pairs of 4 examples", "2 dropped: chosen wrong", "rejected, from mix chunks: 2", "continuous"):
+        assert line in out, line
+    assert [line.split()[-3:] for line in out.splitlines() if "  its prompt held the evidence" in line] == [["100.0%", "of", "2"], ["0.0%", "of", "2"], ["100.0%", "of", "2"]]
+    assert ("p.positions.png" in out) == (tmp_path / "p.positions.png").exists() == ("no picture: pip install matplotlib" not in out)
+
+
+def test_show_prints_a_pair_and_what_it_invents(tmp_path, capsys):
+    look.show([str(write(tmp_path / "p.jsonl")), "2"])
+    out = capsys.readouterr().out
+    assert "chunk 0" in out and "Rosa paints in Naples" in out and "(not in the prompt: Berlin)" not in out.split("rejected")[1]
+    assert "[mix chunks: unfollowing]" in out and "sings" in out.split("rejected")[2]
+    with pytest.raises(BadInput, match="no pair has the id 1; the first ids are \\[0, 2\\]"):
+        look.show([str(tmp_path / "p.jsonl"), "1"])
+
+
+def test_score_tells_what_selection_will_do(capsys):
+    look.score([str(ROOT / "configs" / "tiny.py"), "n_examples=30", "workers=2"])
+    out = capsys.readouterr().out
+    assert "30 examples" in out and "evidence in the critical chunks" in out and "peak memory" in out
+    number = lambda name: float(next(line for line in out.splitlines() if name in line).split("%")[0].split()[-1])
+    assert number("evidence in the critical chunks") > 40 > 20 > number("evidence in irrelevant chunks only")
+
+
+def test_the_commands_end_with_one_line_on_bad_input(tmp_path):
+    for args, message in ((["stats", "none.jsonl"], "none.jsonl: no such file"), (["show"], "expected: python data.py show"),
+                          (["stats"], "expected: python data.py stats")):
+        done = subprocess.run([sys.executable, "data.py", *args], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 1 and done.stderr.startswith("error: ") and message in done.stderr and done.stderr.count("\n") == 1

@@ -1,0 +1,354 @@
+"""pairs.py: builds that survive kills and servers that fail, the same file whatever the workers, and what an audit says."""
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import pairs
+from checkpoint import load_pretrained
+from configs import load_config, run_file
+from data import encode_group
+from model import BadInput
+from tokenizer import load_tokenizer
+
+ROOT = Path(__file__).parent.parent
+TINY = str(ROOT / "models" / "tiny")
+
+
+def config(*args):
+    return load_config([str(ROOT / "configs" / "tiny.py"), f"model={TINY}", f"examples={TINY}/world.py", *args])
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer(TINY)
+
+
+def build(path, *args, examples=24):
+    cfg = config(f"pairs={path}", f"n_examples={examples}", "build_batch=5", "temperature=0.7", *args)
+    pairs.build_pairs(cfg, lambda: load_pretrained(TINY), load_tokenizer(TINY))
+    return Path(path).read_bytes()
+
+
+def rows(content):
+    return [json.loads(line) for line in content.splitlines()][1:]
+
+
+# ------------------------------------------------------------------------------------------------------- builds
+
+def test_a_build_cut_at_any_byte_goes_on_to_the_same_file(tmp_path, capsys):
+    whole = build(tmp_path / "whole.jsonl")
+    assert [row["id"] for row in rows(whole)] == list(range(24)) and sum("chosen" in row for row in rows(whole)) >= 8
+    for cut in np.random.default_rng(0).integers(0, len(whole), 6):
+        path = tmp_path / f"cut{cut}.jsonl"
+        path.write_bytes(whole[:cut])
+        assert build(path) == whole
+    assert build(tmp_path / "whole.jsonl") == whole              # nothing left to do
+    assert "pairs of 24 examples" in capsys.readouterr().out
+    with pytest.raises(BadInput, match="was built with delta=1, now it is 3"):
+        build(tmp_path / "whole.jsonl", "delta=3")
+    for pair in pairs.load_pairs(tmp_path / "whole.jsonl", 2):
+        answers = [pairs.normalize(a) for a in (pair["chosen"], *pair["rejected"])]
+        assert len(set(answers)) == 3 and all(answers)
+        assert pairs.is_right(pair["chosen"], pair["answers"]) and not any(pairs.is_right(a, pair["answers"]) for a in pair["rejected"])
+
+
+def test_the_file_does_not_depend_on_the_workers(tmp_path):
+    one = build(tmp_path / "1.jsonl", "workers=1")
+    assert build(tmp_path / "3.jsonl", "workers=3") == one == build(tmp_path / "0.jsonl", "workers=0")
+
+
+KILLS = int(os.environ.get("NANOLOGO_KILLS", 3))
+
+
+def test_killed_at_random_moments_a_build_ends_with_the_same_file(tmp_path):
+    """kill -9 of the whole build, workers included only by themselves noticing."""
+    def start(path):
+        return subprocess.Popen([sys.executable, "data.py", "configs/tiny.py", f"pairs={path}", "n_examples=60", "build_batch=4",
+                                 "temperature=0.7", "workers=2"], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+    begun, whole = time.time(), tmp_path / "whole.jsonl"
+    assert start(whole).wait() == 0
+    took, path, kills, rng = time.time() - begun, tmp_path / "killed.jsonl", 0, np.random.default_rng(1)
+    while kills < KILLS:
+        build = start(path)
+        try:
+            build.wait(timeout=took * rng.uniform(0.4, 1))
+            assert path.read_bytes() == whole.read_bytes()       # too late to kill: from the start
+            path.unlink()
+        except subprocess.TimeoutExpired:
+            build.send_signal(signal.SIGKILL)
+            build.wait()
+            kills += 1
+    assert start(path).wait() == 0
+    assert path.read_bytes() == whole.read_bytes()
+
+
+def test_more_rejected_answers_than_patterns_are_sampled_hotter(tmp_path):
+    found = [row for row in rows(build(tmp_path / "p.jsonl", "n_rejected=5", "candidates=8", "temperature_step=0.5")) if "chosen" in row]
+    assert len(found) >= 3
+    for row in found:
+        answers = [pairs.normalize(a) for a in (row["chosen"], *row["rejected"])]
+        assert len(set(answers)) == 6
+        assert set(row["audit"]["pattern"]) == {"irrelevant", "mix"}
+
+
+def test_the_reference_answer_may_be_the_chosen(tmp_path):
+    for row in rows(build(tmp_path / "p.jsonl", "chosen_from=reference")):
+        assert "dropped" in row or row["chosen"] == row["answers"][0]
+
+
+def lines(path, found):
+    path.write_text("".join(json.dumps(row) + "\n" for row in found))
+    return path
+
+
+def test_ready_pairs_go_through_to_the_loss(tmp_path, tokenizer):
+    source = lines(tmp_path / "r.jsonl", [
+        {"prompt": " Who is Rosa?", "chosen": " Rosa paints in Naples.", "rejected": [" Rosa sings.", " Rosa sails in Rome."]},
+        {"prompt": " Who is Ida?", "chosen": " Ida sings in Turin.", "rejected": " Ida sings."},
+        {"prompt": " Snow falls in Turin." * 40, "chosen": " Ida sings.", "rejected": [" Ida.", " Turin."]}])
+    build(tmp_path / "p.jsonl", f"examples={source}", examples=0)
+    dropped = [row["dropped"] for row in rows((tmp_path / "p.jsonl").read_bytes()) if "dropped" in row]
+    assert sorted(dropped) == ["fewer than M rejected answers", "prompt longer than n_chunks"]
+    pair, = pairs.load_pairs(tmp_path / "p.jsonl", 2)
+    group = encode_group(pair, tokenizer, config())
+    prefix, suffix, stops = tokenizer.chat("", "")               # the user's turn is the prompt, no template of ours around it
+    prompt = prefix + tokenizer.encode(" Who is Rosa?") + suffix
+    assert group.tokens[:group.segments[0][1]].tolist() == prompt[:-1] and len(group.segments) == 4
+    start, end, *_ = group.segments[1]
+    assert group.targets[start:end].tolist() == tokenizer.encode(" Rosa paints in Naples.") + stops[:1]
+
+
+# -------------------------------------------------------------------------------------------------------- audit
+
+@pytest.mark.parametrize("rejected, reason", [
+    ([" b", ""], "rejected empty"), ([" b", " B."], "rejected equals another answer"), ([" a.", " b"], "rejected equals another answer"),
+    ([" b", None], "rejected unfinished"), ([" b", " Turin"], "rejected right"), ([" b", "", " c"], None)])
+def test_degenerate_rejected_answers_are_refused(rejected, reason):
+    row = {"chosen": " a", "answers": ["Turin"]}
+    kept, fault = pairs.keep_rejected(row, rejected, [False] * 3, config())
+    assert fault == reason and (fault or kept == [0, 2])
+
+
+def test_filters_of_rejected_answers():
+    row = {"chosen": " Rosa paints in Naples", "answers": ["Naples"]}
+    rejected = [" Rosa paints in Turin", " She sings", " Nobody knows"]
+    assert pairs.keep_rejected(row, rejected, [True, False, False], config())[0] == [0, 1]
+    assert pairs.keep_rejected(row, rejected, [True, False, False], config("require_clean_rejected=True"))[0] == [1, 2]
+    assert pairs.keep_rejected(row, rejected, [False] * 3, config("max_overlap=0.5"))[0] == [1, 2]  # 3 of 5 words in common
+    assert pairs.keep_rejected(row, rejected[:2], [True, True], config("require_clean_rejected=True"))[1] == "rejected saw the evidence"
+
+
+def test_right_folds_case_articles_and_punctuation():
+    assert pairs.is_right("It was the Gospel-of Luke!", ["gospel of luke"])
+    assert not pairs.is_right("Turing", ["Turin"]) and not pairs.is_right("", ["Turin"])
+
+
+def test_a_long_reference_answer_need_not_be_repeated_word_by_word():
+    reference = "The treaty was signed at Versailles in June 1919 after months of negotiation between thirty-two countries, without Germany."
+    said = "In 1919, after long negotiation among the countries, Germany received the treaty that was signed at Versailles."
+    assert not pairs.is_right(said, [reference]) and pairs.gives(said, [reference], 0.5) and not pairs.gives(said, [reference], 0.9)
+    assert not pairs.gives("Naples", ["Naples or Turin"], 0.1)   # short answers are compared as they are
+
+
+def test_the_audit_of_a_pair():
+    row = {"question": "When did Rosa paint Naples?", "answers": ["1923"], "chosen": "Rosa painted it in 1923.",
+           "rejected": ["Rosa painted it in 1931.", "I cannot say.", "In 1923."]}
+    found = pairs.audit(config(), pairs.words_evaluator, row, [True, True, False, False], [0, 1, 3])
+    assert found == {"chosen_right": True, "chosen_saw_evidence": True, "rejected_right": [False, False, True], "rejected_saw_evidence": [True, False, False],
+                     "pattern": ["irrelevant", "mix", "mix"], "error": ["hallucination", "unfollowing", "right"],
+                     "length_ratio": 1.5, "overlap": [0.667, 0.0, 0.4]}
+    none = pairs.audit(config(), pairs.words_evaluator, {**row, "answers": []}, [None] * 4, [0, 1, 2])
+    assert none["chosen_right"] is None and none["rejected_right"] == [None] * 3
+
+
+def test_evidence_in_a_rejected_prompt_is_seen(tmp_path):
+    """Two passages tell the answer; only one is critical, so the other may reach the rejected prompts."""
+    texts = [" Rosa paints in Naples.", " Snow falls in Turin.", " Ida sings in Rome.", " The old bridge leans."] + [" Fog drifts in Paris."] * 3
+    source = lines(tmp_path / "e.jsonl", [{"context": texts + [" Snow falls in Naples."], "question": "Who is Rosa?", "answers": ["Naples"]}])
+    content = build(tmp_path / "p.jsonl", f"examples={source}", "max_critical=1", "delta=9", "require_wrong_rejected=False", "candidates=8", examples=0)
+    row, = rows(content)
+    if "dropped" not in row:
+        assert len(row["audit"]["rejected_saw_evidence"]) == 2
+    cfg, tok = config("max_critical=1", "delta=9"), load_tokenizer(TINY)
+    new = pairs.draft(cfg, tok, pairs.words_evaluator, 0, {"context": texts + [" Snow falls in Naples."], "question": "Who is Rosa?", "answers": ["Naples"]})
+    assert new.selection.chosen == [0]
+    assert new.saw[0]
+    for picked, saw in zip(new.selection.rejected, new.saw[1:]):
+        assert saw == (7 in picked)
+
+
+@pytest.mark.parametrize("change, message", [({"rejected": [" b"]}, "1 rejected answers, expected 2"), ({"chosen": ""}, "'chosen' is ''")])
+def test_pairs_that_the_loss_cannot_use_are_refused(tmp_path, change, message):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(json.dumps({"id": 0, "question": "q", "chunks": [[1]], "chosen": " a", "rejected": [" b", " c"], **change}) + "\n")
+    with pytest.raises(BadInput, match=f"line 1: {message}"):
+        pairs.load_pairs(path, 2)
+
+
+def test_prompts_of_similar_length_are_answered_together():
+    lengths = [5000, 10, 1034, 1035, 4500, 20]
+    assert pairs.by_length(lengths) == [[1, 2, 5], [3], [0, 4]]
+    assert pairs.by_length([]) == []
+
+
+@pytest.mark.parametrize("text, question", [
+    ("Who is Rosa?", "Who is Rosa?"), ('Here is a question:\n"Who is Rosa, the painter?"', "Who is Rosa, the painter?"),
+    ("Question: Where does Ida sing? Answer: Turin.", "Where does Ida sing?"), ("The text is about Rosa.", None), ("?", None), (None, None)])
+def test_the_question_in_what_a_model_writes(text, question):
+    assert pairs.question_in(text) == question
+
+
+# ------------------------------------------------------------------------------------------------------- servers
+
+class Server(BaseHTTPRequestHandler):
+    """An OpenAI-compatible server that answers as a good reader of the tiny world, and fails as servers do."""
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *args):
+        pass
+
+    def do_GET(self):
+        self.send(200, json.dumps({"data": [{"id": "tiny"}]}))
+
+    def send(self, code, text):
+        self.send_response(code)
+        self.send_header("Content-Length", str(len(text.encode())))
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with self.server.lock:
+            self.server.requests.append((self.path, body))
+            number = len(self.server.requests)
+            self.server.working += 1
+            self.server.most = max(self.server.most, self.server.working)
+        time.sleep(self.server.delay)
+        fault = self.server.fault(number, body)
+        with self.server.lock:
+            self.server.working -= 1
+        if fault == "drop":
+            self.close_connection = True
+            self.connection.shutdown(socket.SHUT_RDWR)
+        elif fault:
+            self.send(*fault)
+        else:
+            self.send(200, json.dumps({"choices": [self.server.choice(body)]}))
+
+
+def reader(body):
+    """What a perfect reader says: the facts about who is asked for, or an invention."""
+    text = body["messages"][0]["content"]
+    context, _, question = text.rpartition("Question:")
+    if "Write one" in text:
+        return {"message": {"content": "Who is " + text.split()[0] + "?"}, "finish_reason": "stop"}
+    names = [word.strip("?,") for word in question.replace("Answer:", "").split()[1:] if word[0].isupper()]
+    facts = [next((s for s in context.split(".") if s.split()[:1] == [name] and " in " in s), f" {name} sleeps {body['seed']}") + "." for name in names]
+    return {"message": {"content": "".join(facts)}, "finish_reason": "stop"}
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setattr(pairs, "PAUSE", 0.01)
+    served = ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    served.requests, served.lock, served.working, served.most, served.delay = [], threading.Lock(), 0, 0, 0.0
+    served.fault, served.choice = lambda number, body: None, reader
+    served.url = f"http://127.0.0.1:{served.server_port}/v1"
+    threading.Thread(target=served.serve_forever, daemon=True).start()
+    yield served
+    served.shutdown()
+    served.server_close()
+
+
+def remote(path, server, *args, examples=24):
+    def never():
+        raise AssertionError("the model here is not needed")
+    cfg = config(f"pairs={path}", f"n_examples={examples}", "build_batch=5", f"endpoint={server.url}", "endpoint_requests=4", *args)
+    return pairs.build_pairs(cfg, never, load_tokenizer(TINY)), rows(Path(path).read_bytes())
+
+
+def test_a_server_writes_the_answers_several_at_a_time(tmp_path, server):
+    server.delay = 0.02
+    failed, found = remote(tmp_path / "p.jsonl", server)
+    assert failed == 0 and [row["id"] for row in found] == list(range(24))
+    kept = [row for row in found if "chosen" in row]
+    assert len(kept) >= 12 and all(row["audit"]["chosen_right"] for row in kept)
+    assert 2 <= server.most <= 4
+    path, body = server.requests[0]
+    assert path == "/v1/chat/completions" and body["model"] == "tiny" and body["temperature"] == 0.7 and body["max_tokens"] == 16
+
+
+def test_completions_get_our_token_ids(tmp_path, server, tokenizer):
+    server.choice = lambda body: {"text": " Rosa.", "finish_reason": "stop"}
+    remote(tmp_path / "p.jsonl", server, "endpoint_api=completions", "endpoint_model=mine", examples=3)
+    path, body = server.requests[0]
+    prefix, suffix, _ = tokenizer.chat("", "\nQuestion: x\nAnswer:")
+    assert path == "/v1/completions" and body["model"] == "mine" and all(type(t) is int for t in body["prompt"])
+    assert body["prompt"][:len(prefix)] == prefix and body["prompt"][-2:] == suffix[-2:]
+
+
+def test_faults_cost_no_pair(tmp_path, server):
+    """Slow answers, 500s, dropped connections, garbage: the same file as from a server without them."""
+    _, undisturbed = remote(tmp_path / "good.jsonl", server, "endpoint_retries=8")
+    kinds = [None, (500, "oops"), None, "drop", None, (200, "<html>"), None, (200, '{"choices": []}'), None, (429, ""), None, (200, "")]
+    server.requests.clear()
+    server.fault = lambda number, body: kinds[number % 12]
+    failed, found = remote(tmp_path / "bad.jsonl", server, "endpoint_retries=20")
+    assert failed == 0 and found == undisturbed
+
+
+def test_what_keeps_failing_is_asked_for_again_by_the_next_build(tmp_path, server, capsys):
+    asks = lambda number, body: (400, '{"error": "too long"}') if body["seed"] // 64 % 3 == 0 else None
+    _, undisturbed = remote(tmp_path / "good.jsonl", server, examples=40)
+    server.fault = asks
+    failed, found = remote(tmp_path / "p.jsonl", server, examples=40)
+    assert 0 < failed == 40 - len(found) and "requests failed (as HTTP 400" in capsys.readouterr().out
+    before = len(server.requests)
+    server.fault = lambda number, body: None
+    failed, found = remote(tmp_path / "p.jsonl", server, examples=40)
+    assert failed == 0 and sorted(found, key=lambda row: row["id"]) == undisturbed
+    assert {body["seed"] // 64 % 3 for _, body in server.requests[before:]} == {0}  # none that has a line is asked for again
+
+
+def test_a_server_that_is_gone_ends_the_build_with_one_line(tmp_path, server):
+    server.fault = lambda number, body: (401, "no key")
+    with pytest.raises(BadInput, match="20 examples in a row failed, the last with HTTP 401 .*the same command goes on"):
+        remote(tmp_path / "p.jsonl", server, examples=40)
+    server.server_close()
+    server.url = "http://127.0.0.1:9/v1"
+    with pytest.raises(BadInput, match="endpoint=http://127.0.0.1:9/v1: cannot be used"):
+        remote(tmp_path / "q.jsonl", server)
+
+
+def test_cut_and_empty_answers_are_dropped(tmp_path, server):
+    server.choice = lambda body: {"message": {"content": "Rosa" if body["seed"] % 64 else ""}, "finish_reason": "stop"}
+    assert {row["dropped"] for row in remote(tmp_path / "a.jsonl", server)[1]} <= {"chosen empty", "no critical chunk", "no irrelevant chunk"}
+    server.choice = lambda body: {"message": {"content": "Rosa"}, "finish_reason": "length"}
+    assert "chosen unfinished" in {row["dropped"] for row in remote(tmp_path / "b.jsonl", server)[1]}
+
+
+def test_questions_are_written_about_documents(tmp_path, server):
+    world = run_file(f"{TINY}/world.py")
+    rng = random.Random(0)
+    for i in range(4):
+        (tmp_path / f"{i}.txt").write_text(world.world(rng, 400)[0])
+    server.choice = lambda body: reader(body) if "Write one" in body["messages"][0]["content"] else {
+        "message": {"content": f"Says {body['seed']}."}, "finish_reason": "stop"}
+    failed, found = remote(tmp_path / "p.jsonl", server, f"examples={tmp_path}", "questions=3", examples=0)
+    assert failed == 0 and len(found) == 12
+    kept = [row for row in found if "chosen" in row]
+    assert kept and all(row["question"].startswith("Who is") for row in kept)
+    assert all(max(row["scores"]) > 1 for row in kept)           # what the question was written from is among the critical
+    assert all(saw is False for row in kept for saw in row["audit"]["rejected_saw_evidence"][:1])  # and in no irrelevant prompt
