@@ -270,6 +270,8 @@ def in_new_process(s):
     """measure_...(s) in a process of its own."""
     done = subprocess.run([sys.executable, os.path.abspath(__file__), "measure", json.dumps(s)], capture_output=True, text=True,
                           env={**os.environ, **MALLOC})
+    if done.returncode < 0:  # mostly Linux, out of memory
+        return {"error": f"killed by signal {-done.returncode}"}
     if done.returncode:
         return {"error": (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]}
     return json.loads(done.stdout.splitlines()[-1])
