@@ -121,7 +121,7 @@ def ready(row, cfg):
         answers = [answer[-1][1] for answer in answers]
     system = [text for role, text in prompt if role == "system"]
     if [role for role, _ in prompt[len(system):]] != ["user"] or len(system) > 1:
-        raise BadInput(f"the prompt has the roles {[role for role, _ in prompt][:6]}, expected one user turn (and a system turn)")
+        raise BadInput(f"the prompt has the roles {[role for role, _ in prompt][:6]}, expected one user turn (after a system turn)")
     if not all(answer.strip() for answer in answers) or answers[0] in answers[1:]:
         raise BadInput("expected chosen and rejected that are not empty and not the same")
     return {"prompt": text_of({"prompt": prompt[-1][1]}, "prompt", cfg), "system": system[0] if system else None,

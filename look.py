@@ -21,7 +21,6 @@ from pairs import drafts, normalize, read_lines
 from tokenizer import load_tokenizer
 
 SAMPLES = 200  # for coverage
-TAIL = 64      # question and answer, where a sample stands for many
 
 
 # ------------------------------------------------------------------------------------------------------- coverage
@@ -61,7 +60,7 @@ def to_uniform(counts):
     return 0.5 * np.abs(shares - 1 / len(shares)).sum()
 
 
-def coverage(lengths, window, share, draws, kinds=(*STRATEGIES, "mix", "independent"), tail=TAIL):
+def coverage(lengths, tail, window, share, draws, kinds=(*STRATEGIES, "mix", "independent")):
     """{kind: (positions held, distances of all pairs, distances of the answer)}, each (window,) counts over SAMPLES samples."""
     return {kind: tuple(sum(part) for part in zip(*(
         distances(place(kind, lengths, tail, window, share, sample, draws), tail, window) for sample in range(SAMPLES))))
@@ -124,10 +123,11 @@ def stats(argv):
 
 
 def print_positions(path, cfg, lengths):
-    window, shown = cfg["window"], {}
-    print(f"  positions of {SAMPLES} samples like the longest pair ({sum(lengths)} tokens in {len(lengths)} chunks), window {window}:")
+    window, tail, shown = cfg["window"], max(8, sum(lengths) // 16), {}  # tail: question and answer, about
+    print(f"  positions of {SAMPLES} samples like the longest pair ({sum(lengths)} tokens in {len(lengths)} chunks), "
+          f"window {window}:")
     print(f"  {'':12} {'visited':>8}   to uniform: {'all pairs':>10} {'answer to prompt':>17}")
-    for kind, (held, every, answer) in coverage(lengths, window, cfg["sparse_share"], cfg["draws"]).items():
+    for kind, (held, every, answer) in coverage(lengths, tail, window, cfg["sparse_share"], cfg["draws"]).items():
         shown[kind] = held, every, answer
         print(f"  {kind:12} {np.mean(held > 0):8.1%}   {'':11} {to_uniform(every):10.3f} {to_uniform(answer):17.3f}"
               + ("   <- this config" if kind == cfg["positions"] else ""))
@@ -137,10 +137,10 @@ def print_positions(path, cfg, lengths):
         print("  no picture: pip install matplotlib")
         return
     matplotlib.use("Agg")
-    picture(os.path.splitext(path)[0] + ".positions.png", cfg, lengths, shown)
+    picture(os.path.splitext(path)[0] + ".positions.png", cfg, lengths, tail, shown)
 
 
-def picture(path, cfg, lengths, shown):
+def picture(path, cfg, lengths, tail, shown):
     """Above: one sample's tokens and their positions. Below: where positions and distances of SAMPLES samples fall."""
     import matplotlib.pyplot as plt
     window, bins = cfg["window"], 64
@@ -149,10 +149,10 @@ def picture(path, cfg, lengths, shown):
     for axis in axes[0]:
         axis.remove()
     kind = cfg["positions"] if cfg["positions"] in STRATEGIES else "continuous"
-    positions = place(kind, lengths, TAIL, window, 0, 0, cfg["draws"])
+    positions = place(kind, lengths, tail, window, 0, 0, cfg["draws"])
     colours = plt.get_cmap("tab20").colors
     start = 0
-    for c, length in enumerate([*lengths, TAIL]):
+    for c, length in enumerate([*lengths, tail]):
         tokens = np.arange(start, start + length)
         colour = "black" if c == len(lengths) else colours[c % 20]
         step = max(1, length // 24)
@@ -170,7 +170,7 @@ def picture(path, cfg, lengths, shown):
             axis.set(xlim=(0, window), ylim=(0, 4), yticks=[])
         left.set_ylabel(kind, rotation=0, ha="right", va="center")
     axes[1, 0].set_title(f"positions, {SAMPLES} samples (grey: uniform)")
-    axes[1, 1].set_title("distances: any two tokens (orange), answer to prompt (green)")
+    axes[1, 1].set_title("distances: any two tokens (orange), from the answer (green)")
     figure.savefig(path, dpi=110)
     plt.close(figure)
     print(f"  {path}")
@@ -240,7 +240,8 @@ def bright(text, words):
     """The text with these words in bold, on a terminal."""
     if not sys.stdout.isatty() or not words:
         return text
-    return re.sub(r"\w+(?:[.,]\d+)*", lambda m: f"\033[1;33m{m.group()}\033[0m" if m.group().lower() in words else m.group(), text)
+    mark = lambda m: f"\033[1;33m{m.group()}\033[0m" if m.group().lower() in words else m.group()
+    return re.sub(r"\w+(?:[.,]\d+)*", mark, text)
 
 
 def invented(answer, context):

@@ -35,7 +35,7 @@ PADDING = 1024    # tokens by which prompts that are answered together may diffe
 LONG_ANSWER = 10  # uncommon words from which on a reference answer need not be repeated word by word
 PAUSE = 0.5       # seconds before a failed request's first retry; twice that before the next, ...
 UNLUCKY = 20      # examples in a row whose requests failed: then the server is gone
-BUILD_KEYS = """model adapter template seed examples context_size n_examples max_chars questions question_prompt chunk_size
+BUILD_KEYS = """model template seed examples context_size n_examples max_chars questions question_prompt chunk_size
 n_chunks delta max_critical score_with evaluator spacy_model prompt_head prompt_tail n_rejected candidates chosen_from
 require_correct_chosen require_wrong_rejected require_clean_rejected correct_share max_length_ratio max_overlap
 max_new_tokens temperature temperature_step top_p build_batch endpoint_model endpoint_api""".split()
@@ -185,10 +185,13 @@ class Endpoint:
         self.headers = {"Content-Type": "application/json"}
         if key := os.environ.get("OPENAI_API_KEY"):
             self.headers["Authorization"] = f"Bearer {key}"
+        self.model = cfg["endpoint_model"]
         try:
-            self.model = cfg["endpoint_model"] or self.reply("/models")["data"][0]["id"]
+            listed = self.reply("/models")["data"]
+            self.model = self.model or listed[0]["id"]
         except urllib.error.HTTPError as e:
-            raise BadInput(f"endpoint={self.url}: /models answers {e.code} {e.reason}, expected a list of models") from e
+            if not self.model:  # some servers list nothing, and answer all the same
+                raise BadInput(f"endpoint={self.url}: /models answers {e.code}: name a model with endpoint_model=") from e
         except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as e:
             raise BadInput(f"endpoint={self.url}: cannot be used ({e}), expected an OpenAI-compatible server, as "
                            "http://127.0.0.1:8000/v1") from e

@@ -42,7 +42,7 @@ def test_the_literal_equation_puts_chunks_out_of_order():
 
 def test_coverage_of_the_strategies():
     """Sparse is as uniform as RandPOS, continuous nearly; one skip, no skip and independent biases are not."""
-    found = look.coverage([64] * 16, 8192, 0.1, 2)
+    found = look.coverage([64] * 16, 64, 8192, 0.1, 2)
     answer = {name: look.to_uniform(counts) for name, (_, _, counts) in found.items()}
     every = {name: look.to_uniform(counts) for name, (_, counts, _) in found.items()}
     for distance in (answer, every):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -352,3 +353,72 @@ def test_questions_are_written_about_documents(tmp_path, server):
     assert kept and all(row["question"].startswith("Who is") for row in kept)
     assert all(max(row["scores"]) > 1 for row in kept)           # what the question was written from is among the critical
     assert all(saw is False for row in kept for saw in row["audit"]["rejected_saw_evidence"][:1])  # and in no irrelevant prompt
+
+
+# ------------------------------------------------------------------------------------------------- a real server
+
+PEOPLE = [("Ada Brandt", "Bergen"), ("Olga Marin", "Seville"), ("Hugo Lindt", "Dakar"), ("Selma Quist", "Kyoto"), ("Ivan Petrov", "Denver"),
+          ("Clara Voss", "Hanoi"), ("Emil Novak", "Lagos"), ("Nina Rossi", "Oslo")]
+
+
+class Proxy(Server):
+    """In front of a real server: every other request is slow, fails, is dropped or answered with garbage."""
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        with self.server.lock:
+            self.server.requests.append(body)
+            number = len(self.server.requests)
+        fault = [None, "slow", None, (500, "oops"), None, "drop", None, (200, "<html>")][number % 8]
+        if fault == "slow":
+            time.sleep(0.5)
+        elif fault == "drop":
+            self.close_connection = True
+            return self.connection.shutdown(socket.SHUT_RDWR)
+        elif fault:
+            return self.send(*fault)
+        request = urllib.request.Request(self.server.behind + self.path.removeprefix("/v1"), body, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request) as answer:
+            self.send(200, answer.read().decode())
+
+
+@pytest.fixture
+def real(smollm2_folder):
+    """transformers serve, with SmolLM2, on a free port of the loopback interface."""
+    pytest.importorskip("fastapi"), pytest.importorskip("uvicorn"), pytest.importorskip("openai")
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    command = [Path(sys.executable).with_name("transformers"), "serve", smollm2_folder, "--device", "cpu", "--dtype", "float32",
+               "--host", "127.0.0.1", "--port", str(port)]
+    served = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    for _ in range(240):
+        with socket.socket() as s:
+            if s.connect_ex(("127.0.0.1", port)) == 0:
+                break
+        assert served.poll() is None, "transformers serve ended"
+        time.sleep(0.5)
+    yield f"http://127.0.0.1:{port}/v1"
+    served.kill()
+    served.wait()
+
+
+def test_a_real_server_with_faults_in_between(tmp_path, real, smollm2_folder, monkeypatch):
+    """The same pairs, whether SmolLM2's answers come straight from the server or through faults."""
+    monkeypatch.setattr(pairs, "PAUSE", 0.01)
+    source = lines(tmp_path / "people.jsonl", [
+        {"question": f"in which city does {name} live", "answers": [city], "title": name,
+         "text": f"{name} is a painter, born in 19{i}4, who has lived in {city} for many years."} for i, (name, city) in enumerate(PEOPLE)])
+    proxy = ThreadingHTTPServer(("127.0.0.1", 0), Proxy)
+    proxy.requests, proxy.lock, proxy.behind = [], threading.Lock(), real
+    threading.Thread(target=proxy.serve_forever, daemon=True).start()
+    found = {}
+    for name, url in (("straight", real), ("faulty", f"http://127.0.0.1:{proxy.server_port}/v1")):
+        cfg = load_config([str(ROOT / "configs" / "smollm2.py"), f"model={smollm2_folder}", f"examples={source}", "n_examples=0",
+                           "context_size=4", "n_rejected=1", "max_new_tokens=40", "require_wrong_rejected=False", f"endpoint={url}",
+                           f"endpoint_model={smollm2_folder}", "endpoint_requests=2", "endpoint_retries=20", f"pairs={tmp_path / name}.jsonl"])
+        assert pairs.build_pairs(cfg, None, load_tokenizer(str(smollm2_folder))) == 0
+        found[name] = rows((tmp_path / f"{name}.jsonl").read_bytes())
+    proxy.shutdown()
+    assert len(found["straight"]) == 8 and sum("chosen" in row for row in found["straight"]) >= 4
+    assert found["faulty"] == found["straight"] and len(proxy.requests) > 20
