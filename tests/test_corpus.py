@@ -122,6 +122,12 @@ def test_every_kind_of_file_gives_the_same_examples(tmp_path):
     assert sorted(e["question"] for e in read(folder.parent)) == sorted(e["question"] for e in want)
 
 
+def test_each_question_of_a_conversation_is_an_example(tmp_path):
+    turns = [user("Doc.\n\nWho?"), assistant("He."), user("Where?"), assistant("Here."), user("When?"), assistant("Now.")]
+    found = read(lines(tmp_path / "c.jsonl", [{"conversations": turns}] * 2))
+    assert sorted((e["question"], e["answers"][0]) for e in found) == [("When?", "Now.")] * 2 + [("Where?", "Here.")] * 2 + [("Who?", "He.")] * 2
+
+
 def test_standard_input_is_a_corpus(tmp_path):
     code = "import sys; sys.path.insert(0, '.'); from tests.test_corpus import read; print([e['question'] for e in read('-')])"
     text = "".join(json.dumps(row) + "\n" for row in ROWS)

@@ -73,6 +73,7 @@ def test_the_draws_of_an_example_cover_every_slot():
 def test_pose_skips_once_and_randpos_uses_every_position():
     for seed in range(20):
         assert (np.diff(place("pose", seed=seed)[0]) > 1).sum() <= 1
+    assert len({int(np.diff(place("pose", seed=seed)[0]).argmax()) for seed in range(50)}) > 20  # cut anywhere
     skips = [place("pose", seed=seed)[1] for seed in range(200)]
     assert min(skips) < 150 and max(skips) > 930             # the skip is anything up to the whole slack
     held = np.bincount(np.concatenate([place("randpos", seed=seed)[0][3:] for seed in range(2000)]), minlength=980)[3:]

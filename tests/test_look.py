@@ -36,6 +36,7 @@ def test_the_literal_equation_puts_chunks_out_of_order():
     for sample in range(50):
         positions = look.place("independent", lengths, 8, 1024, 0, sample, 1)
         assert 0 <= positions.min() and positions.max() < 1024
+        assert (positions[:16] == np.arange(16)).all()           # chunk 0 has no room: U(1, 0)
         out_of_order += (np.diff(positions) <= 0).any()
     assert out_of_order > 25
 
@@ -89,7 +90,8 @@ def test_score_tells_what_selection_will_do(capsys):
     out = capsys.readouterr().out
     assert "30 examples" in out and "evidence in the critical chunks" in out and "peak memory" in out
     number = lambda name: float(next(line for line in out.splitlines() if name in line).split("%")[0].split()[-1])
-    assert number("evidence in the critical chunks") > 40 > 20 > number("evidence in irrelevant chunks only")
+    assert number("evidence in the critical chunks") > 40
+    assert number("evidence in irrelevant chunks only") == 0
 
 
 def test_the_commands_end_with_one_line_on_bad_input(tmp_path):

@@ -104,9 +104,16 @@ def test_more_rejected_answers_than_patterns_are_sampled_hotter(tmp_path):
         assert set(row["audit"]["pattern"]) == {"irrelevant", "mix"}
 
 
+def test_blocks_draw_different_answers(tmp_path):
+    row = {"context": [" Rosa paints in Naples.", " Snow falls in Turin.", " Ida sings in Rome."], "question": "Who is Rosa?"}
+    found = rows(build(tmp_path / "p.jsonl", f"examples={lines(tmp_path / 'same.jsonl', [row] * 10)}", "temperature=2.0", examples=0))
+    texts = [row.get("rejected", row.get("dropped")) for row in found]
+    assert texts[:5] != texts[5:]
+
+
 def test_the_reference_answer_may_be_the_chosen(tmp_path):
-    for row in rows(build(tmp_path / "p.jsonl", "chosen_from=reference")):
-        assert "dropped" in row or row["chosen"] == row["answers"][0]
+    kept = [row for row in rows(build(tmp_path / "p.jsonl", "chosen_from=reference")) if "chosen" in row]
+    assert len(kept) > 12 and all(row["chosen"] == row["answers"][0] for row in kept)
 
 
 def lines(path, found):
