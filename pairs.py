@@ -108,7 +108,10 @@ def score(cfg, tokenizer, evaluator, new):
     if cfg["score_with"] == "question+answer":
         wanted = wanted.union(*(evaluator(answer) for answer in new.row["answers"]))
     scores = [len(wanted & evaluator(tokenizer.decode(ids.tolist()))) for ids in new.chunks]
-    if new.evidence is not None:  # what a question was written from is critical whatever the words say
+    if new.evidence is not None:  # what a question was written from is critical whatever the words say, if they say anything
+        if not scores[new.evidence]:
+            new.dropped, new.chunks = "written question is not about its chunk", None
+            return
         scores[new.evidence] = max(*scores, cfg["delta"]) + 1
     new.selection, new.dropped = select(scores, cfg["n_chunks"], cfg["delta"], cfg["max_critical"],
                                         cfg["candidates"] or cfg["n_rejected"],
@@ -265,7 +268,7 @@ def write_block(cfg, tokenizer, evaluator, source, drafts):
             new.dropped = None if new.row["chosen"] else "no reference answer"
     else:
         for new, text in texts([request(new, new.selection.chosen) for new in drafts_open]):
-            new.row["chosen"], new.dropped = text, None if new.failed else fault_of_chosen(text, new.row["answers"], cfg)
+            new.row["chosen"], new.dropped = text, None if new.failed else fault_of_chosen(text, new.row, cfg)
     drafts_open = [new for new in drafts_open if new.open()]
     wanted = [request(new, picked, j) for new in drafts_open for j, picked in enumerate(new.selection.rejected, 1)]
     candidates = {}
@@ -301,13 +304,15 @@ def question_in(text):
     return found and found.group(1).strip()
 
 
-def fault_of_chosen(text, answers, cfg):
+def fault_of_chosen(text, row, cfg):
     """Why a chosen answer makes no pair, or None."""
     if text is None:
         return "chosen unfinished"
     if not text.strip():
         return "chosen empty"
-    wrong = cfg["require_correct_chosen"] and answers and not gives(text, answers, cfg["correct_share"])
+    if normalize(text) == normalize(row["question"]):
+        return "chosen repeats the question"
+    wrong = cfg["require_correct_chosen"] and row["answers"] and not gives(text, row["answers"], cfg["correct_share"])
     return "chosen wrong" if wrong else None
 
 

@@ -149,6 +149,13 @@ def test_degenerate_rejected_answers_are_refused(rejected, reason):
     assert fault == reason and (fault or kept == [0, 2])
 
 
+@pytest.mark.parametrize("text, answers, fault", [
+    ("Naples", ["Naples"], None), ("Rome", ["Naples"], "chosen wrong"), ("Rome", [], None), (None, [], "chosen unfinished"),
+    (" ", [], "chosen empty"), ("who is rosa", [], "chosen repeats the question")])
+def test_degenerate_chosen_answers_are_refused(text, answers, fault):
+    assert pairs.fault_of_chosen(text, {"question": "Who is Rosa?", "answers": answers}, config()) == fault
+
+
 def test_filters_of_rejected_answers():
     row = {"chosen": " Rosa paints in Naples", "answers": ["Naples"]}
     rejected = [" Rosa paints in Turin", " She sings", " Nobody knows"]
@@ -315,6 +322,13 @@ def test_faults_cost_no_pair(tmp_path, server):
     server.fault = lambda number, body: kinds[number % 12]
     failed, found = remote(tmp_path / "bad.jsonl", server, "endpoint_retries=20")
     assert failed == 0 and found == undisturbed
+
+
+def test_a_written_question_about_nothing_is_dropped(tmp_path, server):
+    (tmp_path / "d.txt").write_text(" Rosa paints in Naples. Snow falls in Turin. Ida sings in Rome. Fog drifts in Paris." * 3)
+    server.choice = lambda body: {"message": {"content": "What is it?"}, "finish_reason": "stop"}
+    row, = remote(tmp_path / "p.jsonl", server, f"examples={tmp_path / 'd.txt'}", examples=0)[1]
+    assert row["dropped"] == "written question is not about its chunk"
 
 
 def test_what_keeps_failing_is_asked_for_again_by_the_next_build(tmp_path, server, capsys):
