@@ -448,27 +448,29 @@ class Llama(nn.Module):
     # ------------------------------------------------------------------------------------------- generation
 
     @torch.no_grad()
-    def generate(self, prompts, max_new_tokens, temperature=0.0, top_p=1.0, stop_ids=(), generator=None):
+    def generate(self, prompts, max_new_tokens, temperature=0.0, top_p=1.0, stop_ids=(), generator=None, shared=None, look=None):
         """Continue each prompt; lists of ids in, lists of new ids out, with the stop token where one came.
 
         An answer without a stop token at its end was cut by max_new_tokens. temperature 0 is greedy;
-        generator: a torch.Generator on the model's device, for sampling.
+        generator: a torch.Generator on the model's device, for sampling. shared: for each prompt, how many of its first
+        tokens others may begin with as well: what is equal is computed once, as a training group's prompt is.
+        look(row, token, tops): told of each new token with (layers, heads), where in its row each head's arg-max was.
         """
         if not all(len(p) for p in prompts):
             raise BadInput(f"prompt {[len(p) for p in prompts].index(0)} of {len(prompts)} is empty")
         device = self.lm_head.weight.device
-        place = {p: i for i, p in enumerate(dict.fromkeys(map(tuple, prompts)))}  # equal prompts are computed once
-        owners = [place[tuple(p)] for p in prompts]
-        cache = KVCache(self.config, [len(p) for p in place], owners, max_new_tokens)
-        tokens = torch.tensor([t for p in place for t in p], device=device)
-        positions = torch.cat([torch.arange(len(p), device=device) for p in place])
-        x = self.trunk(tokens, positions, group_spans(positions, cache.segments), cache.prefill(device))
-        x = x[torch.tensor([cache.segments[i][1] - 1 for i in owners], device=device)]  # the last token of each prompt
+        tokens, positions, segments, owners = self.lay_out(prompts, shared or [0] * len(prompts))
+        cache = KVCache(self.config, segments, owners, max_new_tokens, watched=look is not None)
+        tokens, positions = (torch.tensor(x, device=device) for x in (tokens, positions))
+        x = self.trunk(tokens, positions, group_spans(positions, segments), cache.prefill(device))
+        x = x[torch.tensor([segments[i][1] - 1 for i in owners], device=device)]  # the last token of each prompt
         out, alive = [[] for _ in prompts], list(range(len(prompts)))
         for step in range(max_new_tokens):
             tokens = sample(self.lm_head(x).float(), temperature, top_p, generator, alive, len(prompts))
-            for i, token in zip(alive, tokens.tolist()):
+            for row, (i, token) in enumerate(zip(alive, tokens.tolist())):
                 out[i].append(token)
+                if look:
+                    look(i, token, torch.stack([tops[row] for tops in cache.tops]).cpu())
             going = [row for row, i in enumerate(alive) if out[i][-1] not in stop_ids]
             if not going or step == max_new_tokens - 1:
                 break
@@ -478,6 +480,27 @@ class Llama(nn.Module):
             positions = cache.lengths.to(device) + step
             x = self.trunk(tokens, positions, positions[:, None] + 1, cache.decode(device, step))
         return out
+
+
+    @staticmethod
+    def lay_out(prompts, shared):
+        """(tokens, positions, segments, each prompt's segment): equal beginnings once, and what follows as answers to them."""
+        tokens, positions, segments, place = [], [], [], {}
+        starts = {}  # beginning -> the different ends that follow it
+        shared = [min(n, len(p) - 1) for p, n in zip(prompts, shared)]
+        for p, n in zip(prompts, shared):
+            starts.setdefault(tuple(p[:n]), {}).setdefault(tuple(p[n:]))
+        for start, ends in starts.items():
+            opens = len(tokens)
+            for piece in ((start, *ends) if start else ends):
+                ahead = 0 if piece is start else len(start)
+                segments.append((len(tokens), len(tokens) + len(piece), opens, opens + ahead))
+                place[start, piece] = len(segments) - 1
+                positions += range(ahead, ahead + len(piece))
+                tokens += piece
+                if not start:
+                    opens = len(tokens)
+        return tokens, positions, segments, [place[tuple(p[:n]), tuple(p[n:])] for p, n in zip(prompts, shared)]
 
 
 def group_spans(positions, segments):
@@ -503,15 +526,16 @@ def sample(logits, temperature, top_p, generator, alive, N):
 class KVCache:
     """Keys and values of N rows, each an answer and the prompt that it continues.
 
-    The prompts are prefilled as one unpadded stream; prompt owners[i] is row i's.
+    The prompts are prefilled as one unpadded stream of segments; row i's is owners[i]. watched: keep in tops, for each
+    layer, (N, heads): the key that each head's newest query scores highest.
     """
 
-    def __init__(self, config, prompt_lengths, owners, max_new_tokens):
-        ends = torch.tensor(prompt_lengths).cumsum(0).tolist()
-        self.segments = [(end - length, end, 0, 0) for end, length in zip(ends, prompt_lengths)]
-        self.owners, self.lengths = owners, torch.tensor([prompt_lengths[i] for i in owners])
-        self.size = max(prompt_lengths) + max_new_tokens
-        self.layers = [None] * config.num_hidden_layers
+    def __init__(self, config, segments, owners, max_new_tokens, watched=False):
+        self.segments, self.owners, self.watched = segments, owners, watched
+        lengths = [end - start + p_end - p_start for start, end, p_start, p_end in segments]
+        self.lengths = torch.tensor([lengths[i] for i in owners])
+        self.size = int(self.lengths.max()) + max_new_tokens
+        self.layers, self.tops = [None] * config.num_hidden_layers, [None] * config.num_hidden_layers
 
     def keep(self, rows):
         """Drop all rows but these."""
@@ -525,8 +549,14 @@ class KVCache:
         def attend(layer, q, k, v):
             self.layers[layer] = cached = k.new_zeros(2, len(self.owners), self.size, *k.shape[1:])  # (2, N, S, K, D)
             for row, owner in enumerate(self.owners):
-                a, b, _, _ = self.segments[owner]
-                cached[0, row, :b - a], cached[1, row, :b - a] = k[a:b], v[a:b]
+                start, end, p_start, p_end = self.segments[owner]
+                P, T = p_end - p_start, p_end - p_start + end - start
+                cached[0, row, :P], cached[1, row, :P] = k[p_start:p_end], v[p_start:p_end]
+                cached[0, row, P:T], cached[1, row, P:T] = k[start:end], v[start:end]
+            if self.watched:
+                last = torch.tensor([self.segments[i][1] - 1 for i in self.owners], device=device)
+                seen = torch.arange(self.size, device=device) < self.lengths.to(device)[:, None]
+                self.tops[layer] = top_keys(q[last], cached[0].transpose(1, 2), seen[:, None, None])
             return attention(q, k, v)
 
         return [partial(attend, i) for i in range(len(self.layers))]
@@ -540,6 +570,15 @@ class KVCache:
             cached = self.layers[layer]
             cached[0, rows, slot], cached[1, rows, slot] = k, v
             keys, values = cached[:, :, :filled].transpose(2, 3)                      # (N, K, S, D)
+            if self.watched:
+                self.tops[layer] = top_keys(q, keys, seen)
             return F.scaled_dot_product_attention(q[:, :, None], keys, values, attn_mask=seen, enable_gqa=True)[:, :, 0]
 
         return [partial(attend, i) for i in range(len(self.layers))]
+
+
+def top_keys(q, keys, seen):
+    """(N, H): which of the seen keys (N, K, S, D) each head's query (N, H, D) scores highest."""
+    N, H, D = q.shape
+    scores = q.view(N, keys.shape[1], -1, D) @ keys.transpose(2, 3)  # (N, K, H / K, S)
+    return scores.masked_fill(~seen, -math.inf).argmax(-1).view(N, H)

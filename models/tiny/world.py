@@ -69,9 +69,23 @@ def examples(count, size, seed):
         yield {"context": context, "question": question, "answers": [answer], "answer": answer}
 
 
-def world(rng, size):
+def needle(task, size, depth, seed):
+    """One example whose asked fact lies at `depth` per cent of some `size` tokens; "needle" is its sentence.
+
+    task: single (nobody else is told of), multikey (up to sixteen people, one is asked for), multiquery (two are)."""
+    rng = random.Random(f"{task} {size} {depth} {seed}")
+    context, facts = world(rng, size, people=1 if task == "single" else None)
+    question, answer = ask(rng, facts, 2 if task == "multiquery" else 1)
+    found = next(fact for fact in facts.values() if fact in answer)
+    sentences = [sentence + "." for sentence in context.strip().rstrip(".").split(". ") if sentence + "." != found]
+    sentences.insert(round(depth / 100 * len(sentences)), found)
+    answers = [part + "." for part in answer.rstrip(".").split(". ")]
+    return {"context": "".join(" " + s for s in sentences), "question": question, "answers": answers, "needle": found}
+
+
+def world(rng, size, people=None):
     """A context and its facts, {name: sentence}."""
-    names = rng.sample(NAMES, max(2, min(16, size // 14)))
+    names = rng.sample(NAMES, people or max(2, min(16, size // 14)))
     jobs, cities = (rng.sample(words, len(names) // 2 + 1) for words in (JOBS, CITIES))
     facts = {name: f"{name} {rng.choice(jobs)} in {rng.choice(cities)}." for name in names}
     sentences = list(facts.values())

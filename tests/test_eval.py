@@ -1,0 +1,270 @@
+"""eval.py, longbench.py, sample.py: needles where they belong, and every number against transformers or by hand."""
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import eval as evaluation
+import longbench
+from checkpoint import load_pretrained
+from configs import run_file
+from model import BadInput
+from tokenizer import load_tokenizer
+
+ROOT = Path(__file__).parent.parent
+TINY = str(ROOT / "models" / "tiny")
+TAIL = "prompt_tail=\nQuestion: {question}\nAnswer:"
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return evaluation.Subject(TINY, {**evaluation.COMMON, "batch": 3})
+
+
+@pytest.fixture(scope="module")
+def theirs():
+    transformers = pytest.importorskip("transformers")
+    return transformers.AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32, attn_implementation="eager")
+
+
+def prompts_of(tiny, n, size=100):
+    world = run_file(f"{TINY}/world.py")
+    examples = [world.needle("multikey", size, 25 * (i % 5), i) for i in range(n)]
+    return [tiny.prompt(e["context"], "", f"\nQuestion: {e['question']}\nAnswer:") for e in examples]
+
+
+# ------------------------------------------------------------------------------------------------------ generation
+
+def test_a_shared_beginning_changes_no_answer(tiny):
+    """Prompts that share 0, some or all but a token of their beginning: the answers are those of each alone."""
+    base, _ = prompts_of(tiny, 1)[0]
+    other, _ = prompts_of(tiny, 2)[1]
+    words = tiny.tokenizer.encode("\nQuestion: Who is Rosa?\nAnswer:")
+    prompts, shared = [base, base[:90] + words, base, other, base[:90] + base[80:]], [90, 90, 90, 0, 400]
+    alone = [tiny.model.generate([p], 12)[0] for p in prompts]
+    assert tiny.model.generate(prompts, 12, shared=shared) == alone == tiny.model.generate(prompts, 12)
+    tokens, _, segments, owners = tiny.model.lay_out(prompts, shared)
+    assert len(tokens) == 90 + len(base) - 90 + len(words) + len(other) + len(prompts[4])
+    assert owners[0] == owners[2] and len(segments) == 3 + 1 + 2
+
+
+def test_greedy_answers_equal_transformers(tiny, theirs):
+    prompts = prompts_of(tiny, 12)
+    ours = tiny.answers(prompts, 16)
+    stops = tiny.tokenizer.chat("", "")[2]
+    for (ids, _), said in zip(prompts, ours):
+        full = theirs.generate(torch.tensor([ids]), max_new_tokens=16, do_sample=False, eos_token_id=stops, pad_token_id=0)[0, len(ids):].tolist()
+        assert said == tiny.tokenizer.decode([t for t in full if t not in stops])
+
+
+def test_heads_look_where_transformers_heads_look(tiny, theirs):
+    prompts = [ids for ids, _ in prompts_of(tiny, 3)] + [prompts_of(tiny, 1, size=60)[0][0]]
+    seen = {}
+    out = tiny.model.generate(prompts, 8, look=lambda row, token, tops: seen.setdefault(row, []).append((token, tops)))
+    for row, (prompt, new) in enumerate(zip(prompts, out)):
+        attentions = theirs(torch.tensor([prompt + new]), output_attentions=True).attentions  # (1, H, T, T) of each layer
+        assert [token for token, _ in seen[row]] == new
+        for step, (_, tops) in enumerate(seen[row]):
+            expected = torch.stack([a[0, :, len(prompt) + step - 1].argmax(-1) for a in attentions])
+            assert (tops == expected).float().mean() > 0.99                    # near ties may fall either way
+
+
+def test_retrieval_scores_count_what_was_copied_from_the_needle(tiny):
+    copies = evaluation.Copies(tiny)
+    ids = tiny.tokenizer.encode(" Snow falls in Turin. Rosa paints in Naples. Fog drifts in Paris.")
+    look = copies.watching([(ids, "Rosa paints in Naples.")])
+    start, end = evaluation.span_of(ids, "Rosa paints in Naples.", tiny.tokenizer)
+    assert tiny.tokenizer.decode(ids[start:end]).strip() == "Rosa paints in Naples."
+    tops = torch.zeros(copies.shape, dtype=torch.long)
+    tops[1, 2] = start + 1
+    look(0, 0, ids[start + 1], tops)         # head 1.2 looked at "paints" when "paints" was written
+    look(0, 0, ids[start + 1], tops)         # the same token again counts once
+    look(0, 0, ids[start + 2], tops)         # looked at "paints", wrote "in": not a copy
+    scores = copies.scores()
+    assert scores[1, 2] == 1 / (end - start) and scores.sum() == scores[1, 2]
+    assert evaluation.span_of(ids, "Ida", tiny.tokenizer) == (0, 0)
+
+
+# --------------------------------------------------------------------------------------------------------- needles
+
+def test_wilson_intervals():
+    assert evaluation.interval(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)  # Newcombe 1998's method, by hand
+    low, high = evaluation.interval(0, 20)
+    assert low == pytest.approx(0, abs=1e-12) and high == pytest.approx(0.1611, abs=1e-4)
+
+
+@pytest.mark.parametrize("task", ["single", "multikey", "multivalue", "multiquery", "variables"])
+def test_needles_lie_where_the_depth_says(tiny, task):
+    hay = evaluation.sentences_of("")
+    for depth in (0, 25, 50, 75, 100):
+        facts, question, answers = evaluation.needles(task, random.Random(depth))
+        context = evaluation.hide(facts, hay, 3000, depth, load_tokenizer(TINY), random.Random(1))
+        assert all(fact in context for fact in facts) and len(answers) == {"single": 1, "multikey": 1, "variables": 4}.get(task, 4)
+        if task != "variables":
+            assert abs(context.index(facts[0]) / (len(context) - len(facts[0])) - depth / 100) < 0.03
+        else:
+            places = [context.index(fact) for fact in facts]
+            assert places == sorted(places)                      # a variable is assigned before it is used
+        assert len(facts) == (1 if task == "single" else 4)
+
+
+def test_the_tiny_worlds_needles():
+    world = run_file(f"{TINY}/world.py")
+    for task in ("single", "multikey", "multiquery"):
+        for depth in (0, 50, 100):
+            e = world.needle(task, 400, depth, 3)
+            assert e["needle"] in e["context"] and abs(e["context"].index(e["needle"]) / len(e["context"]) - depth / 100) < 0.06
+            assert len(e["answers"]) == (2 if task == "multiquery" else 1) and all(a in e["context"] for a in e["answers"])
+
+
+def test_needle_command(tmp_path, capsys):
+    evaluation.main(["needle", TINY, f"haystack={TINY}/world.py", "tasks=multikey", "lengths=[60,100]", "depths=[0,100]", "samples=3",
+                     TAIL, "max_new_tokens=16", "retrieval=True", f"out={tmp_path}", f"compare={TINY}/", "window=80"])
+    found = json.loads((tmp_path / "needle.json").read_text())
+    assert len(found["table"]) == 8 and {r["length"] for r in found["table"]} == {60, 100}
+    assert np.mean([r["score"] for r in found["table"]]) > 0.8 and "heads" in found
+    assert "retrieval heads" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------------------ perplexity
+
+def test_perplexity_equals_transformers_on_the_same_windows(tiny, theirs):
+    text = run_file(f"{TINY}/world.py").world(random.Random(0), 330)[0]
+    ids = tiny.tokenizer.encode(text)
+    for length, stride in ((64, 16), (100, 99), (64, 64 - 1), (400, 50)):
+        ours, expected, done = evaluation.token_losses(tiny.model, ids, length, stride), [], 0
+        for begin in range(0, len(ids) - 1, stride):
+            window = torch.tensor([ids[begin:begin + length]])
+            labels = window.clone()
+            labels[0, :done + 1 - begin] = -100                      # scored by the window before
+            count = int((labels[0, 1:] != -100).sum())
+            expected.append(float(theirs(window, labels=labels).loss) * count)
+            done = begin + window.shape[1] - 1
+            if done == len(ids) - 1:
+                break
+        assert len(ours) == len(ids) - 1
+        assert ours.sum() / len(ours) == pytest.approx(sum(expected) / len(ours), abs=1e-4)
+
+
+def test_perplexity_command(tmp_path, capsys):
+    evaluation.main(["perplexity", TINY, f"text={TINY}/world.py", "lengths=[64,128]", "stride=32", "tokens=300", "documents=2", f"out={tmp_path}"])
+    rows = json.loads((tmp_path / "perplexity.json").read_text())["table"]
+    assert [row["length"] for row in rows] == [64, 128] and rows[0]["long"] is None and rows[0]["tokens"] == 2 * 299
+    with pytest.raises(BadInput, match="stride=128"):
+        evaluation.main(["perplexity", TINY, f"text={TINY}/world.py", "lengths=[64]", "stride=128"])
+    with pytest.raises(BadInput, match="no text has more than 9000 tokens"):
+        evaluation.main(["perplexity", TINY, f"text={TINY}/world.py", "lengths=[9000]", f"out={tmp_path}"])
+
+
+# ------------------------------------------------------------------------------------------------------- longbench
+
+PREDICTIONS = ["The Paris of 1889, an exhibition!", "", "Paris", "  paris 1889 1889", "no", "Paragraph 12 or 3", "3", "There are 3 of 12."]
+
+
+def test_qa_f1_equals_squads(tmp_path):
+    squad = pytest.importorskip("transformers.data.metrics.squad_metrics")
+    for prediction in PREDICTIONS:
+        for answer in ("Paris", "the exhibition of Paris in 1889"):
+            assert longbench.qa_f1(prediction, answer) == pytest.approx(squad.compute_f1(answer, prediction), abs=1e-12)
+
+
+def test_scores_by_hand():
+    assert longbench.count("There are 3, not 5.", "3") == 0.5 and longbench.count("none", "3") == 0
+    assert longbench.retrieval("Paragraph 12", "Paragraph 12") == 1 and longbench.retrieval("段落3", "段落12") == 0
+    classes = ["city", "big city", "country"]
+    assert longbench.classification("a big city", "big city", classes) == 1          # "city" is part of the right name
+    assert longbench.classification("city or country", "country", classes) == 0.5
+    assert longbench.classification("nothing", "country", classes) == 0
+    assert longbench.score_dataset("trec", ["\ncity\ncountry"], [["city"]], classes) == 100  # the first line alone
+    assert longbench.score_dataset("hotpotqa", ["Paris", "Rome"], [["Lyon", "paris"], ["Oslo"]]) == 50
+
+
+def test_scores_equal_the_official_scripts():
+    """LONGBENCH: the folder of the official metrics.py and eval.py; pip install jieba rouge fuzzywuzzy."""
+    folder = os.environ.get("LONGBENCH")
+    if not folder:
+        pytest.skip("LONGBENCH names no folder with the official scripts")
+    sys.path.insert(0, folder)
+    official = run_file(os.path.join(folder, "eval.py"))
+    rng, words = random.Random(0), "the a of Paris city big 3 12 Paragraph 段落3 北京 大学 是 x = foo(1) # no ` , .".split()
+    for name in longbench.METRICS:
+        predictions = ["".join(rng.choice(words) + rng.choice(["", " ", "\n"]) for _ in range(rng.randrange(9))) for _ in range(200)]
+        answers = [[" ".join(rng.choice(words) for _ in range(rng.randrange(1, 6))) for _ in range(rng.randrange(1, 3))] for _ in predictions]
+        if "retrieval" in name:
+            answers = [["段落3" if name.endswith("zh") else "Paragraph 12"] for _ in predictions]
+        classes = ["city", "big city", "Paris", "a big city", "the"] if name in ("trec", "lsht") else None
+        answers = [[rng.choice(classes)] for _ in predictions] if classes else answers
+        assert longbench.score_dataset(name, predictions, answers, classes) == official.scorer(name, predictions, answers, classes), name
+
+
+def test_longbench_command(tmp_path):
+    (tmp_path / "hotpotqa.jsonl").write_text("".join(json.dumps(
+        {"context": " Rosa paints in Naples. Snow falls in Turin." * n, "input": "Who is Rosa?", "answers": ["Rosa paints in Naples."],
+         "all_classes": None, "length": 8}) + "\n" for n in (1, 4)))
+    (tmp_path / "dataset2prompt.json").write_text(json.dumps({"hotpotqa": "{context}\nQuestion: {input}\nAnswer:"}))
+    (tmp_path / "dataset2maxlen.json").write_text(json.dumps({"hotpotqa": 8}))
+    evaluation.main(["longbench", TINY, f"data={tmp_path}", f"out={tmp_path / 'out'}", "max_length=40"])
+    row, = json.loads((tmp_path / "out" / "longbench.json").read_text())["table"]
+    assert row["n"] == 2 and row["score"] > 50
+    kept = [json.loads(line) for line in (tmp_path / "out" / "longbench" / "tiny" / "hotpotqa.jsonl").read_text().splitlines()]
+    assert longbench.score_dataset("hotpotqa", [r["pred"] for r in kept], [r["answers"] for r in kept]) == row["score"]
+
+
+def test_long_prompts_lose_their_middle(tiny):
+    ids = tiny.tokenizer.encode(" Rosa paints in Naples. Snow falls in Turin. Ida sings in Rome.")
+    cut = evaluation.middle_out(ids, tiny.tokenizer, 8)
+    assert cut == tiny.tokenizer.decode(ids[:4]) + tiny.tokenizer.decode(ids[-4:])
+    assert evaluation.middle_out(ids, tiny.tokenizer, len(ids)) == tiny.tokenizer.decode(ids)
+
+
+# -------------------------------------------------------------------------------------------- qa, preferences, sample
+
+def test_qa_command(tmp_path):
+    world = run_file(f"{TINY}/world.py")
+    rows = []
+    for i in range(12):
+        context, facts = world.world(random.Random(i), 60)
+        question, answer = world.ask(random.Random(i), facts, 1)
+        rows.append({"question": question, "answers": [answer], "text": answer + f" Snow falls in {world.CITIES[i]}."})
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    evaluation.main(["qa", TINY, f"examples={tmp_path / 'q.jsonl'}", "passages=[1,4]", "questions=12", TAIL, f"out={tmp_path}"])
+    table = json.loads((tmp_path / "qa.json").read_text())["table"]
+    assert [r["passages"] for r in table] == [1, 4] and table[0]["right"] > 0.7 and table[0]["f1"] > 0.7
+    assert sum(asked for _, asked in table[1]["by_place"]) == 12
+
+
+def test_preferences_equal_the_training_runs_metrics(tmp_path):
+    """The held-out metrics that a run logged before its first step."""
+    out = tmp_path / "run"
+    done = subprocess.run([sys.executable, "train_logo.py", "configs/tiny.py", "n_examples=40", "steps=1", "batch_size=4", "micro_batch=4",
+                           "held_out=8", "recall_questions=0", "rope_theta=0", f"out={out}"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    before = json.loads((out / "result.json").read_text())["before"]["held_out"]
+    (tmp_path / "c.py").write_text((ROOT / "configs" / "tiny.py").read_text())
+    evaluation.main(["preferences", TINY, f"pairs={out / 'pairs.jsonl'}", f"config={tmp_path / 'c.py'}", "last=8", f"out={tmp_path}"])
+    row, = json.loads((tmp_path / "preferences.json").read_text())["table"]
+    for key in ("margin", "accuracy", "chosen", "rejected"):
+        assert row[key] == pytest.approx(before[key], abs=1e-4), key
+
+
+def test_sample_answers_and_says_where_it_looked(tmp_path):
+    (tmp_path / "c.txt").write_text(" Snow falls in Turin. The old bridge leans. Rosa paints in Naples. Fog drifts in Paris.")
+    done = subprocess.run([sys.executable, "sample.py", TINY, "Who is Rosa?", f"context={tmp_path / 'c.txt'}",
+                           "tail=\nQuestion: {question}\nAnswer:", "chunk_size=6"], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "Rosa paints in Naples." and "looked at and copied from" in done.stderr and "Naples" in done.stderr
+
+
+@pytest.mark.parametrize("args, message", [
+    (["eval.py"], "expected: python eval.py"), (["eval.py", "needle", TINY, "task=single"], "did you mean 'tasks'?"),
+    (["eval.py", "needle", TINY, "tasks=many"], "expected some of single"), (["eval.py", "qa", TINY], "examples is empty"),
+    (["eval.py", "needle", "none"], "none"), (["eval.py", "longbench", TINY, f"data={ROOT / 'configs'}"], "no file in it ends with"),
+    (["sample.py", TINY], "expected: python sample.py"), (["sample.py", TINY, "Who?", "context=none.txt"], "no such file")])
+def test_bad_input_ends_with_one_line(args, message):
+    done = subprocess.run([sys.executable, *args], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("error: ") and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
