@@ -219,7 +219,7 @@ def needle(subjects, options):
                         cells.append((depth, answers))
                         asked.append((*subject.prompt(context, "", tail.replace("{question}", question)), fact))
                 look = seen and seen.watching([(ids, fact) for ids, _, fact in asked])
-                said = subject.answers([(ids, 0) for ids, _, _ in asked], options["max_new_tokens"], look)
+                said = subject.answers([(ids, n) for ids, n, _ in asked], options["max_new_tokens"], look)
                 for depth in options["depths"]:
                     scores = [given(text, answers) for text, (d, answers) in zip(said, cells) if d == depth]
                     table.append({"model": subject.name, "task": task, "length": length, "depth": depth,
@@ -313,8 +313,10 @@ def heads_picture(heads, options):
         return
     figure, axes = plt.subplots(1, len(heads), figsize=(1 + 3.6 * len(heads), 3.4), squeeze=False, constrained_layout=True)
     for axis, (name, scores) in zip(axes[0], heads.items()):
-        image = axis.imshow(scores, cmap="viridis", vmin=0, vmax=max(0.1, max(float(s.max()) for s in heads.values())), aspect="auto")
+        image = axis.imshow(scores.numpy(), cmap="viridis", vmin=0, vmax=max(0.1, max(float(s.max()) for s in heads.values())), aspect="auto")
         axis.set(title=f"{name}: retrieval score", xlabel="head", ylabel="layer")
+        axis.yaxis.get_major_locator().set_params(integer=True)
+        axis.xaxis.get_major_locator().set_params(integer=True)
         figure.colorbar(image, ax=axis)
     save_picture(figure, plt, "retrieval", options)
 
@@ -344,7 +346,7 @@ def qa(subjects, options):
                 context = "".join(passage + "\n\n" for passage in example["context"])
                 asked.append((subject.prompt(context, "", options["prompt_tail"].replace("{question}", example["question"])), example))
             in_order = [i for batch in by_length([len(ids) for (ids, _), _ in asked]) for i in batch]
-            said = dict(zip(in_order, subject.answers([(asked[i][0][0], 0) for i in in_order], options["max_new_tokens"])))
+            said = dict(zip(in_order, subject.answers([asked[i][0] for i in in_order], options["max_new_tokens"])))
             right = [is_right(said[i], example["answers"]) for i, (_, example) in enumerate(asked)]
             f1 = [max(qa_f1(said[i], answer) for answer in example["answers"]) for i, (_, example) in enumerate(asked)]
             low, high = interval(sum(right), len(right))
@@ -562,7 +564,7 @@ def main(argv):
     if options["threads"]:
         torch.set_num_threads(options["threads"])
     subjects = [Subject(path, options) for path in (folder, options["compare"]) if path]
-    if len(subjects) == 2 and subjects[0].name == subjects[1].name:
+    if len(subjects) == 2:
         subjects[0].name, subjects[1].name = os.path.normpath(folder), os.path.normpath(options["compare"])
     start = time.time()
     table, more = COMMANDS[command](subjects, options)

@@ -486,21 +486,21 @@ class Llama(nn.Module):
     def lay_out(prompts, shared):
         """(tokens, positions, segments, each prompt's segment): equal beginnings once, and what follows as answers to them."""
         tokens, positions, segments, place = [], [], [], {}
-        starts = {}  # beginning -> the different ends that follow it
-        shared = [min(n, len(p) - 1) for p, n in zip(prompts, shared)]
-        for p, n in zip(prompts, shared):
-            starts.setdefault(tuple(p[:n]), {}).setdefault(tuple(p[n:]))
-        for start, ends in starts.items():
-            opens = len(tokens)
-            for piece in ((start, *ends) if start else ends):
-                ahead = 0 if piece is start else len(start)
-                segments.append((len(tokens), len(tokens) + len(piece), opens, opens + ahead))
-                place[start, piece] = len(segments) - 1
+        cut = [min(n, len(p) - 1) for p, n in zip(prompts, shared)]
+        ends = {}  # beginning -> the different ends that follow it
+        for p, n in zip(prompts, cut):
+            ends.setdefault(tuple(p[:n]), {}).setdefault(tuple(p[n:]))
+        for start, those in ends.items():
+            pieces = [start, *those] if len(those) > 1 and start else [start + end for end in those]
+            opens, ahead = len(tokens), 0
+            for piece, end in zip(pieces, [None, *those] if len(pieces) > len(those) else those):
+                begin = len(tokens)
+                segments.append((begin, begin + len(piece), *((opens, opens + ahead) if ahead else (begin, begin))))
+                place[start, end] = len(segments) - 1
                 positions += range(ahead, ahead + len(piece))
                 tokens += piece
-                if not start:
-                    opens = len(tokens)
-        return tokens, positions, segments, [place[tuple(p[:n]), tuple(p[n:])] for p, n in zip(prompts, shared)]
+                ahead = len(start) if len(pieces) > len(those) else 0
+        return tokens, positions, segments, [place[tuple(p[:n]), tuple(p[n:])] for p, n in zip(prompts, cut)]
 
 
 def group_spans(positions, segments):

@@ -14,8 +14,10 @@ import json
 import math
 import os
 import resource
+import shlex
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from datetime import timedelta
@@ -107,7 +109,7 @@ if rank == 0:
 # How a run is run, not what it computes: these may change when it is resumed.
 FREE = """name out model examples pairs adapter workers strict endpoint endpoint_requests endpoint_retries endpoint_timeout
 threads micro_batch checkpointing compile offload_activations offload_params shard_size save_interval keep resume
-log_interval eval_interval recall_sizes recall_questions recall_batch""".split()
+log_interval eval_interval recall_sizes recall_questions recall_batch evals""".split()
 resumed, state = find_checkpoint(folder, cfg["resume"])
 for key in cfg if resumed else ():
     if key not in FREE and state["config"].get(key) != cfg[key]:
@@ -323,6 +325,19 @@ def save(step):
     return error
 
 
+def evaluate_checkpoint(step):
+    """The config's commands of eval.py on a checkpoint's model, each in a process of its own. Rank 0; the others wait."""
+    here, name = os.path.dirname(os.path.abspath(__file__)), f"step_{step:06d}"
+    merged = os.path.join(folder, "eval", name, name)
+    work = [["checkpoint.py", "merge", os.path.join(folder, name), merged]]
+    for command in map(shlex.split, cfg["evals"]):
+        work.append(["eval.py", command[0], merged, *command[1:], f"out={os.path.dirname(merged)}"])
+    for script, *args in work:
+        if subprocess.run([sys.executable, os.path.join(here, script), *args]).returncode:
+            say(f"warning: {script} {' '.join(args)} failed: the run goes on", flush=True)
+    shutil.rmtree(merged, ignore_errors=True)
+
+
 def log(metrics):
     """Append a line to metrics.jsonl; a line that cannot be written whole is taken back."""
     path = os.path.join(folder, "metrics.jsonl")
@@ -389,6 +404,8 @@ for step in range(start_step, cfg["steps"]):
             raise BadInput(error)
         if error:
             say(f"warning: {error}: the run goes on without this checkpoint", flush=True)
+        if not error and not stopped and rank == 0 and cfg["evals"]:
+            evaluate_checkpoint(step + 1)
     if stopped and not last:
         say(f"stopped after step {step + 1}: resume=auto goes on from {folder}/step_{step + 1:06d}", flush=True)
         dist.destroy_process_group()

@@ -105,4 +105,5 @@ config = dict(
     recall_sizes=[],         # context sizes (as context_size) at which answers are counted, before and after
     recall_questions=0,      # fresh examples at each of these sizes
     recall_batch=25,         # prompts generated together
+    evals=[],                # eval.py's commands for each checkpoint, as ["needle lengths=[512,1024]"]; in RUN/eval
 )
