@@ -14,7 +14,7 @@ import eval as evaluation
 import longbench
 from checkpoint import load_pretrained
 from configs import run_file
-from model import BadInput
+from model import BadInput, top_keys
 from tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -65,14 +65,20 @@ def test_greedy_answers_equal_transformers(tiny, theirs):
 
 def test_heads_look_where_transformers_heads_look(tiny, theirs):
     prompts = [ids for ids, _ in prompts_of(tiny, 3)] + [prompts_of(tiny, 1, size=60)[0][0]]
-    seen = {}
-    out = tiny.model.generate(prompts, 8, look=lambda row, token, tops: seen.setdefault(row, []).append((token, tops)))
+    seen, stops = {}, tiny.tokenizer.chat("", "")[2]             # rows end at different steps
+    out = tiny.model.generate(prompts, 16, stop_ids=stops, look=lambda row, token, tops: seen.setdefault(row, []).append((token, tops)))
     for row, (prompt, new) in enumerate(zip(prompts, out)):
         attentions = theirs(torch.tensor([prompt + new]), output_attentions=True).attentions  # (1, H, T, T) of each layer
         assert [token for token, _ in seen[row]] == new
         for step, (_, tops) in enumerate(seen[row]):
             expected = torch.stack([a[0, :, len(prompt) + step - 1].argmax(-1) for a in attentions])
             assert (tops == expected).float().mean() > 0.99                    # near ties may fall either way
+
+
+def test_only_seen_keys_are_looked_at():
+    q, keys = torch.ones(2, 2, 4), torch.tensor([-3.0, -1, -2, 0, 0])[None, None, :, None].expand(2, 1, 5, 4)
+    seen = torch.tensor([[True] * 3 + [False] * 2, [True] + [False] * 4])[:, None, None]
+    assert top_keys(q, keys, seen).tolist() == [[1, 1], [0, 0]]
 
 
 def test_retrieval_scores_count_what_was_copied_from_the_needle(tiny):
@@ -85,7 +91,9 @@ def test_retrieval_scores_count_what_was_copied_from_the_needle(tiny):
     tops[1, 2] = start + 1
     look(0, 0, ids[start + 1], tops)         # head 1.2 looked at "paints" when "paints" was written
     look(0, 0, ids[start + 1], tops)         # the same token again counts once
-    look(0, 0, ids[start + 2], tops)         # looked at "paints", wrote "in": not a copy
+    other = torch.zeros(copies.shape, dtype=torch.long)
+    other[0, 1], other[0, 2] = start + 1, end + 1
+    look(0, 0, ids[start + 2], other)        # looked at "paints" or behind the needle, wrote "in": no copies
     scores = copies.scores()
     assert scores[1, 2] == 1 / (end - start) and scores.sum() == scores[1, 2]
     assert evaluation.span_of(ids, "Ida", tiny.tokenizer) == (0, 0)
@@ -97,6 +105,10 @@ def test_wilson_intervals():
     assert evaluation.interval(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)  # Newcombe 1998's method, by hand
     low, high = evaluation.interval(0, 20)
     assert low == pytest.approx(0, abs=1e-12) and high == pytest.approx(0.1611, abs=1e-4)
+
+
+def test_the_score_is_the_share_of_the_answers_given():
+    assert evaluation.given("It is 12 and 34.", ["34", "12", "56", "1"]) == 0.5
 
 
 @pytest.mark.parametrize("task", ["single", "multikey", "multivalue", "multiquery", "variables"])
@@ -156,6 +168,14 @@ def test_perplexity_command(tmp_path, capsys):
     evaluation.main(["perplexity", TINY, f"text={TINY}/world.py", "lengths=[64,128]", "stride=32", "tokens=300", "documents=2", f"out={tmp_path}"])
     rows = json.loads((tmp_path / "perplexity.json").read_text())["table"]
     assert [row["length"] for row in rows] == [64, 128] and rows[0]["long"] is None and rows[0]["tokens"] == 2 * 299
+    model, gained, total = load_pretrained(TINY), 0, 0.0         # LongPPL, by hand
+    for text in evaluation.texts(f"{TINY}/world.py")[:2]:
+        ids = load_tokenizer(TINY).encode(text)[:300]
+        short, long = (evaluation.token_losses(model, ids, n, 32) for n in (64, 128))
+        gained, total = gained + int((short > long + 0.05).sum()), total + float(long[short > long + 0.05].sum())
+    evaluation.main(["perplexity", TINY, f"text={TINY}/world.py", "lengths=[64,128]", "stride=32", "tokens=300", "documents=2", "gain=0.05", f"out={tmp_path}"])
+    row = json.loads((tmp_path / "perplexity.json").read_text())["table"][1]
+    assert gained >= 3 and row["key_tokens"] == gained and row["long"] == pytest.approx(np.exp(total / gained), rel=1e-4)
     with pytest.raises(BadInput, match="stride=128"):
         evaluation.main(["perplexity", TINY, f"text={TINY}/world.py", "lengths=[64]", "stride=128"])
     with pytest.raises(BadInput, match="no text has more than 9000 tokens"):
@@ -172,6 +192,7 @@ def test_scores_by_hand():
     classes = ["city", "big city", "country"]
     assert longbench.classification("a big city", "big city", classes) == 1          # "city" is part of the right name
     assert longbench.classification("city or country", "country", classes) == 0.5
+    assert longbench.classification("country, city, big city", "big city", ["country", "city", "big city"]) == 0.5
     assert longbench.classification("nothing", "country", classes) == 0
     assert longbench.score_dataset("trec", ["\ncity\ncountry"], [["city"]], classes) == 100  # the first line alone
     assert longbench.score_dataset("hotpotqa", ["Paris", "Rome"], [["Lyon", "paris"], ["Oslo"]]) == 50
@@ -236,15 +257,22 @@ def test_qa_command(tmp_path):
     evaluation.main(["qa", TINY, f"examples={tmp_path / 'q.jsonl'}", "passages=[1,4]", "questions=12", TAIL, f"out={tmp_path}"])
     table = json.loads((tmp_path / "qa.json").read_text())["table"]
     assert [r["passages"] for r in table] == [1, 4] and table[0]["right"] >= 0.4 and table[0]["f1"] > 0.6
-    assert sum(asked for _, asked in table[1]["by_place"]) == 12
+    corpus = evaluation.Corpus(str(tmp_path / "q.jsonl"), {"strict": True, "max_chars": 0, "questions": 1})
+    order = np.random.default_rng(0).permutation(12)
+    found = evaluation.Examples(corpus, order, 4, 0)
+    places = [found[i]["context"].index(corpus[order[i]]["passage"]) for i in range(12)]
+    assert [asked for _, asked in table[1]["by_place"]] == [sum(p < 2 for p in places), places.count(2), places.count(3)]
 
 
 def test_preferences_equal_the_training_runs_metrics(tmp_path):
     """The held-out metrics that a run logged before its first step."""
     out = tmp_path / "run"
     done = subprocess.run([sys.executable, "train_logo.py", "configs/tiny.py", "n_examples=40", "steps=1", "batch_size=4", "micro_batch=4",
-                           "held_out=8", "recall_questions=0", "rope_theta=0", f"out={out}"], cwd=ROOT, capture_output=True, text=True)
+                           "held_out=8", "recall_questions=0", "rope_theta=0", f"out={out}", "save_interval=1",
+                           f"evals=['needle haystack={TINY}/world.py lengths=[60] depths=[50] samples=1']"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert os.listdir(out / "eval" / "step_000001") and json.loads((out / "eval" / "step_000001" / "needle.json").read_text())["table"]
+    assert not (out / "eval" / "step_000001" / "step_000001").exists()  # the merged model was only for that
     before = json.loads((out / "result.json").read_text())["before"]["held_out"]
     (tmp_path / "c.py").write_text((ROOT / "configs" / "tiny.py").read_text())
     evaluation.main(["preferences", TINY, f"pairs={out / 'pairs.jsonl'}", f"config={tmp_path / 'c.py'}", "last=8", f"out={tmp_path}"])
