@@ -25,7 +25,7 @@ def test_the_map_from_equations_names_functions_that_exist():
 
 
 def test_every_command_names_a_config_and_keys_that_load():
-    commands = re.findall(r"(?:train_logo|data|eval)\.py(?: score| questions \S+)?((?: configs/\w+\.py)?(?: \w+=\S+)*)", README)
+    commands = re.findall(r"(?:train_logo|data|eval)\.py(?: score| questions \S+)?((?: configs/\w+\.py)?(?: \w+=[^\s`]+)*)", README)
     given = [command.split() for command in commands if command.strip()]
     assert len(given) >= 3
     for args in given:
