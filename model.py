@@ -481,7 +481,6 @@ class Llama(nn.Module):
             x = self.trunk(tokens, positions, positions[:, None] + 1, cache.decode(device, step))
         return out
 
-
     @staticmethod
     def lay_out(prompts, shared):
         """(tokens, positions, segments, each prompt's segment): equal beginnings once, and what follows as answers to them."""
