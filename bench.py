@@ -22,7 +22,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from checkpoint import load_pretrained, start_lora
-from configs import checked, load_config, parse
+from configs import load_config, with_arguments
 from data import exit_on_bad_input
 from loss import logo_loss
 from model import IGNORE, BadInput, Llama, LlamaConfig, write_json
@@ -365,7 +365,6 @@ def measure_limit(s):
     *_, segments = group(*draw(s, model.config.vocab_size))
     scored = (s["M"] + 1) * s["answer"]
     least = step_flops(model, segments, scored)
-    attention = least - step_flops(model, [(0, segments[-1][1], 0, 0)], scored)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
         step()
     costs = sorted(profiler.key_averages(), key=lambda e: -e.self_cpu_time_total)
@@ -540,13 +539,10 @@ def main(argv):
         raise BadInput(f"expected {', '.join(commands)}, found {' '.join(argv[:1]) or 'nothing'}")
     name, options, config = argv[0], dict(OPTIONS[argv[0]]), []
     for arg in argv[1:]:
-        key, equals, text = arg.partition("=")
-        if name == "plan" and key not in options:
+        if name == "plan" and arg.partition("=")[0] not in options:
             config.append(arg)  # the config file, or one of its keys
-        elif not equals:
-            raise BadInput(f"command line: expected key=value, found {arg!r}")
         else:
-            options[key] = checked(options, key, parse(text, options.get(key)), "command line")
+            options = with_arguments(options, [arg])
     if name == "plan" and (not config or "=" in config[0]):
         raise BadInput("plan: expected a config file, as in: python bench.py plan configs/llama3_8b_80k.py")
     if "model" in options and not os.path.isfile(os.path.join(options["model"], "config.json")):

@@ -166,7 +166,7 @@ class Corpus:
     """The examples of a file or folder by number; bad rows are named and left out, or refused with strict=True."""
 
     def __init__(self, path, cfg):
-        self.cfg, self.bad, self.rows = cfg, 0, []
+        self.cfg, self.bad = cfg, 0
         self.files, self.place, self.is_passage = [], array("q"), array("b")  # place: file, offset, bytes, part
         for name in files_of(path):
             try:

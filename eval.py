@@ -22,13 +22,13 @@ import torch
 import torch.distributed as dist
 
 from checkpoint import load_pretrained
-from configs import checked, load_config, parse, run_file
+from configs import load_config, run_file, with_arguments
 from corpus import Corpus, Examples, files_of, read_examples
 from data import chunk, collate, encode_group, exit_on_bad_input, prompt_around
 from longbench import GROUPS, METRICS, qa_f1, score_dataset
 from loss import logo_loss
 from model import BadInput, write_json
-from pairs import by_length, is_right, load_pairs
+from pairs import is_right, load_pairs
 from tokenizer import load_tokenizer
 
 COMMON = dict(
@@ -94,13 +94,18 @@ class Subject:
         return ids + suffix, len(ids)
 
     def answers(self, prompts, max_new_tokens, look=None):
-        """Greedy answers to (ids, shared) prompts, in batches of neighbours; equal contexts are computed once."""
-        stops, out = self.tokenizer.chat("", "")[2], []
-        for i in range(0, len(prompts), self.options["batch"]):
-            some = prompts[i:i + self.options["batch"]]
-            found = self.model.generate([ids for ids, _ in some], max_new_tokens, stop_ids=stops, shared=[n for _, n in some],
-                                        look=look and (lambda *seen, i=i: look(i, *seen)))
-            out += [self.tokenizer.decode([t for t in ids if t not in stops]) for ids in found]
+        """Greedy answers to (ids, shared) prompts, in batches of similar lengths; equal contexts are computed once.
+
+        look(i, token, tops): what Llama.generate's look is told, of prompt i.
+        """
+        stops, out = self.tokenizer.chat("", "")[2], [None] * len(prompts)
+        order, size = sorted(range(len(prompts)), key=lambda i: len(prompts[i][0])), self.options["batch"]
+        for some in (order[i:i + size] for i in range(0, len(order), size)):
+            found = self.model.generate([prompts[i][0] for i in some], max_new_tokens, stop_ids=stops,
+                                        shared=[prompts[i][1] for i in some],
+                                        look=look and (lambda row, *seen, some=some: look(some[row], *seen)))
+            for i, ids in zip(some, found):
+                out[i] = self.tokenizer.decode([t for t in ids if t not in stops])
         return out
 
 
@@ -254,11 +259,11 @@ class Copies:
         mine = [torch.zeros(*self.shape, max(1, end - start), dtype=torch.bool) for start, end in spans]
         self.copied += mine
 
-        def look(first, row, token, tops):  # tops: (layers, heads) positions of the arg-max key
-            start, end = spans[first + row]
+        def look(i, token, tops):  # tops: (layers, heads) positions of the arg-max key
+            start, end = spans[i]
             for place in range(start, end):
-                if asked[first + row][0][place] == token:
-                    mine[first + row][:, :, place - start] |= tops == place
+                if asked[i][0][place] == token:
+                    mine[i][:, :, place - start] |= tops == place
         return look
 
     def scores(self):
@@ -338,15 +343,14 @@ def qa(subjects, options):
     table = []
     for subject in subjects:
         for passages in options["passages"]:
-            # all rows may be distractors, so that few questions can still have many passages
+            # the other questions' passages are the distractors
             examples, asked, places = Examples(corpus, order, min(passages, len(order)), options["seed"]), [], []
             for i in range(len(examples)):
                 example, gold = examples[i], corpus[order[i]]["passage"]
                 places.append(example["context"].index(gold))
                 context = "".join(passage + "\n\n" for passage in example["context"])
                 asked.append((subject.prompt(context, "", options["prompt_tail"].replace("{question}", example["question"])), example))
-            in_order = [i for batch in by_length([len(ids) for (ids, _), _ in asked]) for i in batch]
-            said = dict(zip(in_order, subject.answers([asked[i][0] for i in in_order], options["max_new_tokens"])))
+            said = subject.answers([prompt for prompt, _ in asked], options["max_new_tokens"])
             right = [is_right(said[i], example["answers"]) for i, (_, example) in enumerate(asked)]
             f1 = [max(qa_f1(said[i], answer) for answer in example["answers"]) for i, (_, example) in enumerate(asked)]
             low, high = interval(sum(right), len(right))
@@ -419,8 +423,9 @@ def perplexity(subjects, options):
 
 def middle_out(ids, tokenizer, most):
     """A prompt of at most `most` tokens, as LongBench cuts it: its two ends, decoded one by one and joined."""
-    half = most // 2
-    return tokenizer.decode(ids if len(ids) <= most else ids[:half]) + ("" if len(ids) <= most else tokenizer.decode(ids[-half:]))
+    if len(ids) <= most:
+        return tokenizer.decode(ids)
+    return tokenizer.decode(ids[:most // 2]) + tokenizer.decode(ids[-(most // 2):])
 
 
 def longbench(subjects, options):
@@ -440,13 +445,11 @@ def longbench(subjects, options):
     table = []
     for subject in subjects:
         for dataset in wanted:
-            name, found = dataset.removesuffix("_e"), []
+            name = dataset.removesuffix("_e")
             with open(files[dataset], encoding="utf-8") as f:
                 rows = [json.loads(line) for line in f][:options["limit"] or None]
             prompts = [bench_prompt(subject, name, settings[0][name].format(**row), options) for row in rows]
-            for i in [i for batch in by_length([len(p) for p in prompts]) for i in batch]:
-                found.append((i, subject.answers([(prompts[i], 0)], settings[1][name])[0]))
-            said = [text for _, text in sorted(found)]
+            said = subject.answers([(ids, 0) for ids in prompts], settings[1][name])
             kept = os.path.join(options["out"], "longbench", subject.name)
             os.makedirs(kept, exist_ok=True)
             with open(os.path.join(kept, f"{dataset}.jsonl"), "w", encoding="utf-8") as f:
@@ -553,12 +556,7 @@ def main(argv):
     command, folder, *rest = argv
     if command == "questions":
         return questions(folder, rest)
-    options = dict(OPTIONS[command])
-    for arg in rest:
-        key, equals, text = arg.partition("=")
-        if not equals:
-            raise BadInput(f"command line: expected key=value, found {arg!r}")
-        options[key] = checked(options, key, parse(text, options.get(key)), "command line")
+    options = with_arguments(OPTIONS[command], rest)
     if command in NEEDED and not options[NEEDED[command]]:
         raise BadInput(f"{command}: {NEEDED[command]} is empty, expected a file or a folder")
     if options["threads"]:

@@ -12,7 +12,7 @@ import sys
 import torch
 
 from checkpoint import load_pretrained
-from configs import checked, parse
+from configs import with_arguments
 from data import exit_on_bad_input
 from model import BadInput
 from tokenizer import load_tokenizer
@@ -35,12 +35,7 @@ def main(argv):
     if len(argv) < 2 or "=" in argv[0]:
         raise BadInput('expected: python sample.py MODEL "question" [context=FILE] [key=value]')
     folder, question, *rest = argv
-    options = dict(OPTIONS)
-    for arg in rest:
-        key, equals, text = arg.partition("=")
-        if not equals:
-            raise BadInput(f"command line: expected key=value, found {arg!r}")
-        options[key] = checked(options, key, parse(text, options.get(key)), "command line")
+    options = with_arguments(OPTIONS, rest)
     context = ""
     if options["context"]:
         if not os.path.isfile(options["context"]):

@@ -32,12 +32,19 @@ def load_config(argv, fallback="configs/tiny.py"):
     config = read_config(os.path.join(here, "default.py"))
     for key, value in read_config(path).items():
         config[key] = checked(config, key, value, path)
-    for arg in argv[argv[:1] == [path]:]:
+    config = with_arguments(config, argv[argv[:1] == [path]:])
+    return {**config, "name": os.path.splitext(os.path.basename(path))[0]}
+
+
+def with_arguments(config, args):
+    """A config with key=value words of the command line on top."""
+    config = dict(config)
+    for arg in args:
         key, equals, text = arg.partition("=")
         if not equals:
             raise BadInput(f"command line: expected key=value, found {arg!r}")
         config[key] = checked(config, key, parse(text, config.get(key)), "command line")
-    return {**config, "name": os.path.splitext(os.path.basename(path))[0]}
+    return config
 
 
 def parse(text, default):

@@ -1,5 +1,4 @@
 """data.py and configs: chunks, selection, positions, and the one place where targets are shifted."""
-import json
 import re
 from pathlib import Path
 

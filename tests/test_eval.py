@@ -63,6 +63,16 @@ def test_greedy_answers_equal_transformers(tiny, theirs):
         assert said == tiny.tokenizer.decode([t for t in full if t not in stops])
 
 
+def test_answers_come_back_in_the_order_of_the_prompts(tiny):
+    """Batches are by length; what is seen and said is of the prompt that it belongs to."""
+    prompts, seen = [prompts_of(tiny, 1, size)[0] for size in (100, 40, 80, 60, 90)], {}
+    said = tiny.answers(prompts, 12, look=lambda i, token, tops: seen.setdefault(i, []).append(token))
+    stops = tiny.tokenizer.chat("", "")[2]
+    for i, prompt in enumerate(prompts):
+        assert [said[i]] == tiny.answers([prompt], 12)
+        assert tiny.tokenizer.decode([t for t in seen[i] if t not in stops]) == said[i]
+
+
 def test_heads_look_where_transformers_heads_look(tiny, theirs):
     prompts = [ids for ids, _ in prompts_of(tiny, 3)] + [prompts_of(tiny, 1, size=60)[0][0]]
     seen, stops = {}, tiny.tokenizer.chat("", "")[2]             # rows end at different steps
@@ -89,11 +99,11 @@ def test_retrieval_scores_count_what_was_copied_from_the_needle(tiny):
     assert tiny.tokenizer.decode(ids[start:end]).strip() == "Rosa paints in Naples."
     tops = torch.zeros(copies.shape, dtype=torch.long)
     tops[1, 2] = start + 1
-    look(0, 0, ids[start + 1], tops)         # head 1.2 looked at "paints" when "paints" was written
-    look(0, 0, ids[start + 1], tops)         # the same token again counts once
+    look(0, ids[start + 1], tops)         # head 1.2 looked at "paints" when "paints" was written
+    look(0, ids[start + 1], tops)         # the same token again counts once
     other = torch.zeros(copies.shape, dtype=torch.long)
     other[0, 1], other[0, 2] = start + 1, end + 1
-    look(0, 0, ids[start + 2], other)        # looked at "paints" or behind the needle, wrote "in": no copies
+    look(0, ids[start + 2], other)        # looked at "paints" or behind the needle, wrote "in": no copies
     scores = copies.scores()
     assert scores[1, 2] == 1 / (end - start) and scores.sum() == scores[1, 2]
     assert evaluation.span_of(ids, "Ida", tiny.tokenizer) == (0, 0)

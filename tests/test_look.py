@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 import look
-from configs import load_config
 from data import load_tokenizer
 from model import BadInput
 

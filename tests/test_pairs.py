@@ -188,20 +188,16 @@ def test_the_audit_of_a_pair():
     assert none["chosen_right"] is None and none["rejected_right"] == [None] * 3
 
 
-def test_evidence_in_a_rejected_prompt_is_seen(tmp_path):
+def test_evidence_in_a_rejected_prompt_is_seen():
     """Two passages tell the answer; only one is critical, so the other may reach the rejected prompts."""
     texts = [" Rosa paints in Naples.", " Snow falls in Turin.", " Ida sings in Rome.", " The old bridge leans."] + [" Fog drifts in Paris."] * 3
-    source = lines(tmp_path / "e.jsonl", [{"context": texts + [" Snow falls in Naples."], "question": "Who is Rosa?", "answers": ["Naples"]}])
-    content = build(tmp_path / "p.jsonl", f"examples={source}", "max_critical=1", "delta=9", "require_wrong_rejected=False", "candidates=8", examples=0)
-    row, = rows(content)
-    if "dropped" not in row:
-        assert len(row["audit"]["rejected_saw_evidence"]) == 2
-    cfg, tok = config("max_critical=1", "delta=9"), load_tokenizer(TINY)
+    cfg, tok = config("max_critical=1", "delta=9", "candidates=8"), load_tokenizer(TINY)
     new = pairs.draft(cfg, tok, pairs.words_evaluator, 0, {"context": texts + [" Snow falls in Naples."], "question": "Who is Rosa?", "answers": ["Naples"]})
     assert new.selection.chosen == [0]
     assert new.saw[0]
     for picked, saw in zip(new.selection.rejected, new.saw[1:]):
         assert saw == (7 in picked)
+    assert set(new.saw[1:]) == {True, False}
 
 
 @pytest.mark.parametrize("change, message", [({"rejected": [" b"]}, "1 rejected answers, expected 2"), ({"chosen": ""}, "'chosen' is ''")])
