@@ -24,7 +24,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
-from model import BadInput, Llama, LlamaConfig, LoRALinear, read_json, write_json
+from configs import BadInput, exit_on_bad_input, read_json, write_json
+from model import Llama, LlamaConfig, LoRALinear
 
 SHARD_BYTES = 4 << 30  # of one file of an exported model
 PEFT = "base_model.model."  # what PEFT writes before each name
@@ -130,11 +131,61 @@ def writing(folder):
         shutil.rmtree(tmp, ignore_errors=True)
 
 
+# ------------------------------------------------------------------------------------------------ config.json
+
+def read_config(path):
+    """Read config.json in either dialect. BadInput names what cannot be run."""
+    raw = read_json(path)
+    kind = raw.get("model_type")
+    if kind not in ("llama", "mistral"):
+        raise BadInput(f"{path}: model_type is {kind!r}, expected 'llama' or 'mistral'")
+    for key, allowed in (("sliding_window", (None,)), ("quantization_config", (None,)),
+                         ("hidden_act", (None, "silu")), ("partial_rotary_factor", (None, 1.0))):
+        if raw.get(key) not in allowed:
+            raise BadInput(f"{path}: {key} is {raw[key]!r}, which this model does not implement")
+    missing = [key for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+                               "num_attention_heads") if not isinstance(raw.get(key), int)]
+    if missing:
+        raise BadInput(f"{path}: no whole number under {', '.join(missing)}")
+    heads = raw["num_attention_heads"]
+    known = {key: raw[key] for key in LlamaConfig.__dataclass_fields__ if raw.get(key) is not None and key != "raw"}
+    return LlamaConfig(**{"num_key_value_heads": heads, "head_dim": raw["hidden_size"] // heads,
+                  "max_position_embeddings": 2048, **known, "rope": read_rope(raw, path), "raw": raw})
+
+
+def config_json(config):
+    """The dict to write as config.json: the file that was read, with what may have changed since."""
+    names = [key for key in config.__dataclass_fields__ if key not in ("rope", "raw")]
+    raw = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu", **config.raw,
+           **{key: getattr(config, key) for key in names}}
+    raw.pop("torch_dtype", None)  # the older name of dtype: two that disagree would mislead a reader
+    if "rope_parameters" in raw:  # the dialect of transformers 5
+        return {**raw, "rope_parameters": config.rope}
+    scaling = {key: value for key, value in config.rope.items() if key != "rope_theta"}
+    return {**raw, "rope_theta": config.rope["rope_theta"],
+            "rope_scaling": None if scaling["rope_type"] == "default" else scaling}
+
+
+def read_rope(raw, path):
+    """One dict {"rope_type", "rope_theta", ...} from `rope_parameters`, or from `rope_theta` + `rope_scaling`."""
+    rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+    rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type") or "default"  # "type" is the oldest spelling
+    rope.setdefault("rope_theta", raw.get("rope_theta") or 10000.0)
+    needed = {"default": (), "linear": ("factor",), "dynamic": ("factor",), "yarn": ("factor",),
+              "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
+    if rope["rope_type"] not in needed:
+        raise BadInput(f"{path}: rope_type is {rope['rope_type']!r}, expected one of {', '.join(needed)}")
+    for key in needed[rope["rope_type"]]:
+        if not isinstance(rope.get(key), (int, float)):
+            raise BadInput(f"{path}: rope_type {rope['rope_type']!r} needs a number {key!r}, found {rope.get(key)!r}")
+    return rope
+
+
 # ------------------------------------------------------------------------------------------------ model folders
 
 def load_pretrained(folder, dtype=torch.float32, device="cpu", adapter=""):
     """A whole Llama from a Hugging Face folder, with a PEFT adapter on it where one is named."""
-    config = LlamaConfig.from_json(os.path.join(folder, "config.json"))
+    config = read_config(os.path.join(folder, "config.json"))
     with torch.device("meta"):
         model = Llama(config)
         if adapter:
@@ -220,7 +271,7 @@ def write_part(tensors, folder, i):
 
 
 def write_config(model, folder, dtype, tokenizer):
-    config = {**model.config.to_json(), "dtype": str(dtype).removeprefix("torch.")}
+    config = {**config_json(model.config), "dtype": str(dtype).removeprefix("torch.")}
     write_json(config, os.path.join(folder, "config.json"))
     for name in TOKENIZER_FILES if tokenizer else ():
         if os.path.exists(os.path.join(tokenizer, name)):
@@ -465,7 +516,7 @@ def merge(source, out, base=""):
         base = base or read_json(os.path.join(source, "adapter_config.json")).get("base_model_name_or_path")
         model = load_pretrained(base, dtype_of(base), adapter=source)
         if os.path.exists(os.path.join(source, "config.json")):
-            model.config = LlamaConfig.from_json(os.path.join(source, "config.json"))
+            model.config = read_config(os.path.join(source, "config.json"))
     else:
         state = read_state(source)
         cfg = state["config"]
@@ -486,7 +537,6 @@ def dtype_of(folder):
 
 
 if __name__ == "__main__":
-    from data import exit_on_bad_input
     sys.excepthook = exit_on_bad_input
     if len(sys.argv) not in (4, 5) or sys.argv[1] != "merge":
         sys.exit("usage: python checkpoint.py merge ADAPTER_OR_STEP_FOLDER OUT [BASE_MODEL_FOLDER]")

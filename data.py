@@ -1,36 +1,47 @@
-"""From examples to batches: everything before the model sees a tensor.
+"""The method's data: from a document to a packed batch. No model, no device, no command in here.
 
-    example        {"context": str or [passage, ...], "question": str, "answers": [str, ...]}          corpus.py
-      chunk          -> chunks, lists of token ids; their borders stay in token ids from here on
-      score, select  -> which chunks the chosen, the rejected and the training prompt see      Sec. 3.2.2
-      generate       -> chosen and M rejected answers, by the policy itself                            pairs.py
-    pairs.jsonl    {"id", "question", "answers", "chunks", "scores", "chosen", "rejected", "audit"}     text above, integers
-      encode_group   -> tokens, targets, segments of a prompt and its M + 1 answers            the only shift
-      synthesize     -> positions spread over the window                                       Eq. 4
-    batch          one packed stream of groups, a function of (seed, step) alone
+    example        {"context": str or [passage, ...], "question": str, "answers": [str, ...]}
+      chunk          -> lists of token ids; their borders stay in token ids from here on
+      importance_scores, select_chunks
+                     -> which chunks the chosen, each rejected and the training prompt see     Sec. 3.2.2
+      (pairs/)       -> chosen and M rejected answers, written by the policy itself
+    pairs.jsonl    {"id", "question", "answers", "chunks", "scores", "chosen", "rejected", ...}
+      load_pairs     -> pairs, every one checked
+      encode_group   -> tokens and targets of one prompt and its M + 1 answers                 the only shift
+      synthesize_positions
+                     -> positions spread over the window                                       Eq. 4
+    Batch          one packed stream of groups; which ones is a function of (seed, step) alone
 
-    python data.py configs/NAME.py key=value      builds the pairs, or goes on building them
-    python data.py stats PAIRS                    what is in them, and (with matplotlib) how positions cover the window
-    python data.py show PAIRS 7                   pair 7, to read
-    python data.py score configs/NAME.py          what chunks and scores come to, before any answer is written
+Words: a *chunk* is a run of tokens of the document; a *critical* chunk shares words with the question; a *group* is
+one prompt with its M + 1 answers; a *draw* is one choice of positions for a group; the *window* is the range that
+positions may come from; a *slot* is the part of the window that belongs to one chunk.
 """
+import json
 import os
 import re
-import sys
-import time
-from functools import cache, lru_cache
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from configs import load_config
-from checkpoint import load_pretrained
-from model import IGNORE, BadInput
-from tokenizer import load_tokenizer
+from configs import BadInput
+from model import IGNORE, Segment
+from tokenizer import Tokenizer
+
+Evaluator = Callable[[str], set[str]]
 
 
-# ---------------------------------------------------------------------------------- chunks, scores, selection
+def random_stream(tag: str, *numbers: int) -> np.random.Generator:
+    """A generator for one purpose. numpy pads seeds with zeros, so [1, 2] and [1, 2, 0] are one stream: the tag,
+    which comes first and always has the same number of numbers behind it, keeps purposes apart."""
+    return np.random.default_rng([zlib.crc32(tag.encode()), *numbers])
+
+
+# -------------------------------------------------------------------------------------------- chunks and scores
 
 COMMON = set("""a about after again against all also although an and another any are as at be because been before
 being below between both but by came can come could did do does doing done down during each else even ever every few
@@ -39,16 +50,21 @@ itself just know last less like made make many may me more most much must my nam
 once only or other our out over own same she should since so some still such take than that the their them then there
 these they thing this those through time to too under until up upon us used very want was we well went were what when
 where which while who whom whose why will with within without would year yes you your yours""".split())
+WORD = re.compile(r"\w+(?:[.,]\d+)*")
 
 
-def words_evaluator(text):
-    """The built-in evaluator: names, numbers and uncommon words of a text, lower-cased. text -> set of str."""
-    words = set(re.findall(r"\w+(?:[.,]\d+)*", text))
-    return {w.lower() for w in words if w.lower() not in COMMON and (w[0].isdigit() or w[0].isupper() or len(w) > 3)}
+def words_evaluator(text: str) -> set[str]:
+    """The built-in evaluator: names, numbers and uncommon words of a text, lower-cased."""
+    found = set()
+    for word in WORD.findall(text):
+        telling = word[0].isdigit() or word[0].isupper() or len(word) > 3
+        if telling and word.lower() not in COMMON:
+            found.add(word.lower())
+    return found
 
 
-def spacy_evaluator(name):
-    """spaCy's entities, and the lemmas of nouns and verbs, as in the public code of the paper. text -> set of str."""
+def spacy_evaluator(name: str) -> Evaluator:
+    """spaCy's entities, and the lemmas of nouns and verbs, as in the public code of the paper."""
     try:
         import spacy
         model = spacy.load(name, exclude=["parser"])
@@ -59,251 +75,382 @@ def spacy_evaluator(name):
     model.max_length = 1 << 30  # chunks are short; a question may be a paragraph
 
     @lru_cache(4096)  # a document's chunks come again with each of its questions
-    def entities(text):
-        doc = model(text)
-        lemmas = (token.lemma_ for token in doc if token.pos_ in ("NOUN", "VERB"))
-        return frozenset(word.lower() for word in (*(entity.text for entity in doc.ents), *lemmas))
+    def entities(text: str) -> frozenset[str]:
+        parsed = model(text)
+        found = [entity.text for entity in parsed.ents]
+        found += [token.lemma_ for token in parsed if token.pos_ in ("NOUN", "VERB")]
+        return frozenset(word.lower() for word in found)
 
     return entities
 
 
-def load_evaluator(cfg):
-    """The function of a config that finds the entities of a text: text -> set of str (Sec. 3.2.2)."""
-    return spacy_evaluator(cfg["spacy_model"]) if cfg["evaluator"] == "spacy" else words_evaluator
+def load_evaluator(cfg: dict) -> Evaluator:
+    """The function of a config that finds the entities of a text (Sec. 3.2.2)."""
+    if cfg["evaluator"] == "spacy":
+        return spacy_evaluator(cfg["spacy_model"])
+    return words_evaluator
 
 
-def chunk(context, tokenizer, size):
+def chunk(context: str | list[str], tokenizer: Tokenizer, size: int) -> list[list[int]]:
     """Token ids of equal chunks. A context that comes as passages is cut at their borders as well."""
     texts = [context] if isinstance(context, str) else [passage + "\n\n" for passage in context]
-    encoded = [tokenizer.encode(text) for text in texts]
-    return [ids[i:i + size] for ids in encoded for i in range(0, len(ids), size)]
+    chunks = []
+    for text in texts:
+        ids = tokenizer.encode(text)
+        chunks += [ids[i:i + size] for i in range(0, len(ids), size)]
+    return chunks
+
+
+def importance_scores(chunks: list[list[int]], wanted: set[str], tokenizer: Tokenizer,
+                      evaluator: Evaluator) -> list[int]:
+    """A chunk's score is the number of distinct entities that it shares with the question (Sec. 3.2.2)."""
+    scores = []
+    for ids in chunks:
+        shared = wanted & evaluator(tokenizer.decode(np.asarray(ids).tolist()))
+        scores.append(len(shared))
+    return scores
+
+
+# ---------------------------------------------------------------------------------------------------- selection
+
+IRRELEVANT = "irrelevant"        # chunks that share little with the question
+PARTIAL = "partial evidence"     # the weaker half of the critical chunks, among others
+NEAR = "near misses"             # where there is one critical chunk, so no half of it: the best of the others
 
 
 class Selection(NamedTuple):
-    """Chunk indices in document order."""
-    chosen: list    # critical chunks only
-    rejected: list  # one list for each dis-preferred answer
-    training: list  # C', which all answers share
+    """Chunk numbers in document order: what each prompt of an example sees."""
+    chosen: list[int]           # critical chunks only
+    rejected: list[list[int]]   # one list for each rejected answer
+    evidence: list[str]         # what each rejected prompt holds: IRRELEVANT, PARTIAL or NEAR
+    training: list[int]         # C', the prompt that all M + 1 answers share
 
 
-def select(scores, n_chunks, delta, max_critical, n_rejected, rng):
-    """Which chunks each prompt sees (Sec. 3.2.2); None, with the reason, where a document has no two sides.
+def select_chunks(scores: list[int], n_chunks: int, delta: int, max_critical: int, n_rejected: int,
+                  rng: np.random.Generator) -> tuple[Selection | None, str | None]:
+    """Which chunks each prompt sees (Sec. 3.2.2): (selection, None), or (None, why there is none).
 
-    A document without a chunk above delta counts its best chunk, if that shares anything at all, as critical.
-    Dis-preferred prompts alternate between irrelevant chunks only, and a mix: the weaker half of the critical
-    chunks and the nearest misses, filled up with irrelevant ones. The strongest evidence is in neither.
+    n_chunks: N, most chunks of a prompt. A chunk above delta is critical; at most max_critical of them count
+    (0: n_chunks). No prompt holds a chunk twice, and no rejected prompt holds the best one.
     """
-    ranked = sorted(range(len(scores)), key=lambda i: (-scores[i], i))
-    critical = [i for i in ranked if scores[i] > delta][:max_critical or n_chunks]
-    critical = critical or [i for i in ranked[:1] if scores[i] > 0]
+    ranked = sorted(range(len(scores)), key=lambda c: (-scores[c], c))
+    critical = [c for c in ranked if scores[c] > delta]
+    # A cap leaves evidence over. It must not stand in for irrelevant text, so no prompt gets it.
+    others = [c for c in ranked if scores[c] <= delta]
+    critical = critical[:min(max_critical or n_chunks, n_chunks)]
+    if not critical and ranked and scores[ranked[0]] > 0:
+        # A short question shares few words with anything. Its best chunk is the evidence that there is.
+        critical = ranked[:1]
+        others = ranked[1:]
     if not critical:
         return None, "no critical chunk"
-    rest = [i for i in ranked if i not in critical and scores[i] <= delta]  # never evidence that the cap left over
-    if not rest:
+    if not others:
         return None, "no irrelevant chunk"
-    near = (critical[(len(critical) + 1) // 2:] + rest)[:max(1, n_chunks // 2)]
-    far = [i for i in rest[len(rest) // 2:] if i not in near] or rest[-1:]
 
-    def some(pool, n):
-        return [pool[i] for i in rng.permutation(len(pool))[:n]]
+    # First kind of rejected prompt: irrelevant text only. It tends to give evasive or off-topic answers.
+    irrelevant = others[-max(n_chunks, len(others) // 2):]
 
-    irrelevant = [i for i in rest[-max(n_chunks, len(rest) // 2):] if i not in near] or rest[-1:]
-    rejected = [sorted(some(irrelevant, n_chunks) if j % 2 == 0 else near + some(far, n_chunks - len(near)))
-                for j in range(n_rejected)]
-    training = critical + [i for i in near if i not in critical][:(n_chunks - len(critical) + 1) // 2]
-    training += some([i for i in rest if i not in training], n_chunks - len(training))
-    return Selection(sorted(critical), rejected, sorted(training)), None
+    # Second kind: half right. It has part of the evidence, though never the best chunk, and tends to give
+    # confident wrong answers. One critical chunk has no part to give: the nearest misses take its place.
+    half = max(1, n_chunks // 2)
+    weaker_half = critical[(len(critical) + 1) // 2:]
+    near_misses = others[:min(half, (len(others) + 1) // 2)]
+    half_right = (weaker_half + near_misses)[:half]
+    fill = [c for c in others[len(others) // 2:] if c not in half_right]
+    if not weaker_half and len(others) <= n_chunks:
+        fill = []  # in so short a document, filled up it would be the irrelevant prompt once more
 
+    rejected = []
+    evidence = []
+    for j in range(n_rejected):
+        if j % 2 == 0:
+            picked = draw_some(irrelevant, n_chunks, rng)
+            evidence.append(IRRELEVANT)
+        else:
+            picked = half_right + draw_some(fill, n_chunks - len(half_right), rng)
+            evidence.append(PARTIAL if weaker_half else NEAR)
+        rejected.append(sorted(picked))
 
-# --------------------------------------------------------------------------------------------------- settings
-
-def around(cfg, question):
-    """The text before and after a prompt's chunks, inside the user's turn; a ready pair's prompt (no question) has none."""
-    return ("", "") if question is None else (cfg["prompt_head"], cfg["prompt_tail"].replace("{question}", question))
-
-
-def prompt_around(cfg, tokenizer, question, system=None):
-    """(prefix, suffix, stops): the token ids before and after a prompt's chunks, and those that end an answer."""
-    return tokenizer.chat(*around(cfg, question), system)
-
-
-def check_settings(cfg, tokenizer):
-    """Before any work: the settings with a choice, and whether N chunks, a question and an answer fit the window."""
-    for key, allowed in (("positions", (*STRATEGIES, "mix")), ("dtype", ("float32", "bfloat16")),
-                         ("score_with", ("question", "question+answer")), ("evaluator", ("words", "spacy")),
-                         ("chosen_from", ("generated", "reference")), ("endpoint_api", ("chat", "completions"))):
-        if cfg[key] not in allowed:
-            raise BadInput(f"{key} is {cfg[key]!r}, expected one of {', '.join(allowed)}")
-    for key in ("n_chunks", "chunk_size", "n_rejected", "draws", "batch_size", "micro_batch", "build_batch", "recall_batch",
-                "keep", "questions", "endpoint_requests"):
-        if cfg[key] < 1:
-            raise BadInput(f"{key} is {cfg[key]}, expected at least 1")
-    if not 0 < cfg["top_p"] <= 1:
-        raise BadInput(f"top_p is {cfg['top_p']}, expected more than 0 and at most 1")
-    if 0 < cfg["candidates"] < cfg["n_rejected"]:
-        raise BadInput(f"candidates is {cfg['candidates']}, expected 0 or at least n_rejected={cfg['n_rejected']}")
-    if "{question}" not in cfg["prompt_tail"]:
-        raise BadInput(f"prompt_tail is {cfg['prompt_tail']!r}, expected a text with {{question}} in it")
-    prefix, suffix, _ = prompt_around(cfg, tokenizer, "")
-    left = cfg["window"] - len(prefix) - len(suffix) - cfg["n_chunks"] * cfg["chunk_size"]
-    if left < cfg["max_new_tokens"]:
-        raise BadInput(f"{cfg['n_chunks']} chunks of {cfg['chunk_size']} tokens leave {left} of window={cfg['window']} "
-                       f"for question and answer (max_new_tokens={cfg['max_new_tokens']}): lower n_chunks or chunk_size")
+    # The training prompt: all the evidence, and near misses, which are what tempts, in half of the places left.
+    places_left = n_chunks - len(critical)
+    training = critical + near_misses[:(places_left + 1) // 2]
+    unused = [c for c in others if c not in training]
+    training += draw_some(unused, n_chunks - len(training), rng)
+    return Selection(sorted(critical), rejected, evidence, sorted(training)), None
 
 
-# -------------------------------------------------------------------------------------------------- positions
+def draw_some(pool: list[int], n: int, rng: np.random.Generator) -> list[int]:
+    """n members of a pool, or all of a smaller one, in random order."""
+    return [pool[i] for i in rng.permutation(len(pool))[:n]]
 
-def slots(lengths, slack):
-    """(start, length, room) of each chunk's own stretch of the window: its length, and 1/N of the slack as room."""
-    start, N = 0, len(lengths)
+
+# ---------------------------------------------------------------------------------------------------- positions
+
+def slots(lengths: list[int], slack: int) -> Iterator[tuple[int, int, int]]:
+    """(start, length, room) of each chunk's own part of the window: its length, and 1/N of the slack as room."""
+    N = len(lengths)
+    start = 0
     for c, length in enumerate(lengths):
-        room = (c + 1) * slack // N - c * slack // N
+        room = (c + 1) * slack // N - c * slack // N  # differences of a running sum: the rooms add up to slack
         yield start, length, room
         start += length + room
 
 
-def continuous(lengths, slack, draw, draws, shared, own):
-    """Each chunk moves as a whole within its slot. Draw d of an example falls into its own share of every slot."""
-    spans = []
-    for start, length, room in slots(lengths, slack):
-        stratum = shared.permutation(draws)[draw]         # the same permutation for every draw of the example
-        spans.append(start + int((stratum + own.random()) / draws * (room + 1)) + np.arange(length))
-    return np.concatenate(spans)
+class Placing(NamedTuple):
+    """What a strategy places: chunks of these lengths on 0 .. sum(lengths) + slack - 1."""
+    lengths: list[int]
+    slack: int                     # positions of the window that no token needs
+    draw: int                      # draw d of `draws` of the example
+    draws: int
+    shared: np.random.Generator    # the same numbers for all draws of the example
+    own: np.random.Generator       # numbers of this draw alone
 
 
-def sparse(lengths, slack, draw, draws, shared, own):
-    """Each chunk's tokens are spread over its slot."""
-    return np.concatenate([start + np.sort(own.choice(length + room, length, replace=False))
-                           for start, length, room in slots(lengths, slack)])
+def continuous(p: Placing) -> np.ndarray:
+    """Each chunk moves as a whole within its slot: neighbours stay neighbours.
+
+    The draws of an example are stratified: the slot's room is cut into `draws` strata, and each draw gets another
+    one, so that few draws reach near and far offsets alike.
+    """
+    placed = []
+    for start, length, room in slots(p.lengths, p.slack):
+        stratum = p.shared.permutation(p.draws)[p.draw]
+        share = (stratum + p.own.random()) / p.draws      # uniform in [0, 1) over all draws
+        offset = int(share * (room + 1))
+        placed.append(start + offset + np.arange(length))
+    return np.concatenate(placed)
 
 
-def pose(lengths, slack, draw, draws, shared, own):
+def sparse(p: Placing) -> np.ndarray:
+    """Each chunk's tokens are spread over its slot, in order: strides that no text has, but every distance occurs."""
+    placed = []
+    for start, length, room in slots(p.lengths, p.slack):
+        places = p.own.choice(length + room, length, replace=False)
+        placed.append(start + np.sort(places))
+    return np.concatenate(placed)
+
+
+def pose(p: Placing) -> np.ndarray:
     """PoSE (arXiv 2309.10400) with two pieces: from a random token on, everything skips ahead at random."""
-    n = sum(lengths)
-    return np.arange(n) + (np.arange(n) >= own.integers(1, max(2, n))) * own.integers(0, slack + 1)
+    tokens = np.arange(sum(p.lengths))
+    cut = p.own.integers(1, max(2, len(tokens)))
+    skip = p.own.integers(0, p.slack + 1)
+    return tokens + (tokens >= cut) * skip
 
 
-def randpos(lengths, slack, draw, draws, shared, own):
+def randpos(p: Placing) -> np.ndarray:
     """RandPOS (arXiv 2305.16843): sorted random positions for all tokens."""
-    n = sum(lengths)
-    return np.sort(own.choice(n + slack, n, replace=False))
+    n = sum(p.lengths)
+    return np.sort(p.own.choice(n + p.slack, n, replace=False))
 
 
-def none(lengths, slack, draw, draws, shared, own):
-    """0, 1, 2, ..."""
-    return np.arange(sum(lengths))
+def none(p: Placing) -> np.ndarray:
+    """0, 1, 2, ...: what the model would see without any synthesis."""
+    return np.arange(sum(p.lengths))
 
 
-STRATEGIES = {f.__name__: f for f in (continuous, sparse, pose, randpos, none)}
+STRATEGIES = {"continuous": continuous, "sparse": sparse, "pose": pose, "randpos": randpos, "none": none}
 
 
-def synthesize_positions(chunk_lengths, prefix, tail, window, kind, draw, draws, seed):
+def synthesize_positions(chunk_lengths: list[int], prefix: int, tail: int, window: int, kind: str, draw: int,
+                         draws: int, seed: tuple[int, ...]) -> tuple[np.ndarray, int]:
     """Positions of prefix + chunks, and of the first token after them: (int64 array, int). Eq. 4 and App. D.
 
-    The prefix sits at 0.., question and answers (tail tokens in all) follow the last chunk without a gap. In between,
-    chunk c owns a slot of its own length plus 1/N of the window's slack, so that order is kept:
+    The prefix sits at 0.., question and answers (tail tokens in all) follow the last chunk without a gap. Between
+    them each chunk owns a slot of its own length plus 1/N of the window's slack:
 
         0 prefix | slot 0: ..[chunk 0].... | slot 1: [chunk 1]...... | ... | tail            < window
 
-    kind: one of STRATEGIES; pose and randpos are there to compare with. draw, draws: draw d of so many of an example.
-    Strictly increasing, below the window. A pure function; seed: int or sequence of ints, without the draw.
+    Eq. 4 read literally draws every chunk's bias on its own, up to c times (K - k) / N, so that a later chunk can
+    land before an earlier one, or on it. Slots keep positions strictly increasing and distinct.
+
+    kind: one of STRATEGIES; pose and randpos are there to compare with. seed: without the draw. A pure function.
     """
     used = prefix + sum(chunk_lengths) + tail
     if used > window:
         raise BadInput(f"{len(chunk_lengths)} chunks, question and answer need {used} positions, window is {window}: "
                        "lower n_chunks or chunk_size")
-    shared, own = np.random.default_rng(seed), np.random.default_rng([*np.atleast_1d(seed), draw])
-    placed = STRATEGIES[kind](chunk_lengths, window - used, draw, draws, shared, own)
+    shared = random_stream("positions of an example", *seed)
+    own = random_stream("positions of a draw", *seed, draw)
+    placed = STRATEGIES[kind](Placing(chunk_lengths, window - used, draw, draws, shared, own))
     positions = np.concatenate([np.arange(prefix), prefix + placed])
-    return positions, int(positions[-1]) + 1
+    return positions, int(positions[-1]) + 1 if len(positions) else 0
 
 
-def kind_of(cfg, seed, draw):
-    """"mix" draws sparse for sparse_share of the samples, else continuous (9 : 1 in the paper)."""
+def kind_of_draw(cfg: dict, seed: tuple[int, ...], draw: int) -> str:
+    """The strategy of one sample. "mix" is sparse for sparse_share of them, else continuous (9 : 1 in the paper):
+    continuous keeps text as text is, sparse adds the distances within a chunk that it would never show."""
     if cfg["positions"] != "mix":
         return cfg["positions"]
-    return "sparse" if np.random.default_rng([*seed, draw, 1]).random() < cfg["sparse_share"] else "continuous"
+    chance = random_stream("sparse or continuous", *seed, draw).random()
+    return "sparse" if chance < cfg["sparse_share"] else "continuous"
 
 
-# ----------------------------------------------------------------------------------------- groups and batches
+# ------------------------------------------------------------------------------------------------------ prompts
 
-class Batch(NamedTuple):
-    """A packed stream of groups, see model.py: what Llama.forward takes, in this order."""
+def text_around(cfg: dict, question: str | None) -> tuple[str, str]:
+    """The text before and after a prompt's chunks, inside the user's turn. A ready pair (no question) has none."""
+    if question is None:
+        return "", ""
+    return cfg["prompt_head"], cfg["prompt_tail"].replace("{question}", question)
+
+
+def prompt_around(cfg: dict, tokenizer: Tokenizer, question: str | None, system: str | None = None
+                  ) -> tuple[list[int], list[int], list[int]]:
+    """(prefix, suffix, stops): the token ids before and after a prompt's chunks, and those that end an answer."""
+    head, tail = text_around(cfg, question)
+    return tokenizer.chat(head, tail, system)
+
+
+def check_fit(cfg: dict, tokenizer: Tokenizer) -> None:
+    """Before any work: N chunks and an answer of max_new_tokens fit the window."""
+    prefix, suffix, _ = prompt_around(cfg, tokenizer, "")
+    left = cfg["window"] - len(prefix) - len(suffix) - cfg["n_chunks"] * cfg["chunk_size"]
+    if left < cfg["max_new_tokens"]:
+        raise BadInput(f"{cfg['n_chunks']} chunks of {cfg['chunk_size']} tokens leave {left} of window={cfg['window']} "
+                       f"for question and answer (max_new_tokens={cfg['max_new_tokens']}): "
+                       "lower n_chunks or chunk_size")
+
+
+# -------------------------------------------------------------------------------------------- groups and batches
+
+@dataclass(frozen=True)
+class Batch:
+    """A packed stream of groups: what Llama.forward takes. Checks itself, since a wrong segment trains in silence."""
     tokens: torch.Tensor     # (T,) int64
     positions: torch.Tensor  # (T,) int64
-    targets: torch.Tensor    # (T,) int64, IGNORE where nothing is scored
-    segments: list           # of (start, end, prefix_start, prefix_end)
+    targets: torch.Tensor    # (T,) int64: the token to predict, or IGNORE where nothing is scored
+    segments: list[Segment]
+
+    def __post_init__(self):
+        T = len(self.tokens)
+        assert self.positions.shape == self.targets.shape == (T,)
+        end = 0
+        for segment in self.segments:
+            assert segment.start == end and segment.end > segment.start, "segments cover the stream in order"
+            assert segment.prefix_end <= segment.start, "a prefix lies before its answer"
+            end = segment.end
+        assert end == T
 
 
-def encode_group(pair, tokenizer, cfg, draw=0, epoch=0):
-    """One prompt and its M + 1 answers as a Batch of one group; branch 0 is the chosen.
+def encode_group(pair: dict, tokenizer: Tokenizer, cfg: dict, draw: int = 0, epoch: int = 0) -> Batch:
+    """One prompt and its M + 1 answers as a Batch of one group. Branch 0 is the chosen answer.
 
-        stream     [ prompt - last token | last token, chosen - its last | last token, rejected 1 - its last | ... ]
-        targets    [ IGNORE ...          | chosen                        | rejected 1                        | ... ]
+        stream     [ prompt - its last | last of prompt, chosen - its last | last of prompt, rejected 1 - its last | ... ]
+        targets    [ IGNORE ...        | chosen                            | rejected 1                            | ... ]
+
+    Each branch begins with a copy of the prompt's last token, the one that predicts the first answer token. So the
+    first answer token needs no special case: a target is the token after it, everywhere.
     """
     prefix, suffix, stops = prompt_around(cfg, tokenizer, pair["question"], pair.get("system"))
-    answers = [tokenizer.encode(text) + stops[:1] for text in [pair["chosen"], *pair["rejected"][:cfg["n_rejected"]]]]
-    seed, tail = (cfg["seed"], pair["id"], epoch), len(suffix) + max(map(len, answers))
-    placed, after = synthesize_positions([len(c) for c in pair["chunks"]], len(prefix), tail, cfg["window"],
-                                         kind_of(cfg, seed, draw), draw, cfg["draws"], seed)
+    answers = []
+    for text in [pair["chosen"], *pair["rejected"][:cfg["n_rejected"]]]:
+        answers.append(tokenizer.encode(text) + stops[:1])
+
+    chunk_lengths = [len(ids) for ids in pair["chunks"]]
+    longest = max(len(answer) for answer in answers)
+    seed = (cfg["seed"], pair["id"], epoch)
+    kind = kind_of_draw(cfg, seed, draw)
+    placed, after = synthesize_positions(chunk_lengths, len(prefix), len(suffix) + longest, cfg["window"],
+                                         kind, draw, cfg["draws"], seed)
+
     prompt = np.concatenate([prefix, *pair["chunks"], suffix]).astype(np.int64)
-    positions = np.concatenate([placed, after + np.arange(len(suffix))])
-    P, last, next_position = len(prompt) - 1, prompt[-1], positions[-1]
-    tokens, places, targets, segments = [prompt[:-1]], [positions[:-1]], [np.full(P, IGNORE)], [(0, P, 0, 0)]
+    prompt_positions = np.concatenate([placed, after + np.arange(len(suffix))])
+    P = len(prompt) - 1                     # the last prompt token opens the branches instead
+    tokens = [prompt[:P]]
+    positions = [prompt_positions[:P]]
+    targets = [np.full(P, IGNORE)]
+    segments = [Segment(0, P)]
     for answer in answers:
-        start = segments[-1][1]
-        tokens.append([last, *answer[:-1]])
-        places.append(next_position + np.arange(len(answer)))
-        targets.append(answer)  # the shift: each branch token's target is the answer token after it
-        segments.append((start, start + len(answer), 0, P))
-    return Batch(*(torch.from_numpy(np.concatenate(x).astype(np.int64)) for x in (tokens, places, targets)), segments)
+        start = segments[-1].end
+        tokens.append(np.array([prompt[P], *answer[:-1]]))
+        positions.append(prompt_positions[P] + np.arange(len(answer)))
+        targets.append(np.array(answer))    # the shift: a branch token's target is the answer token after it
+        segments.append(Segment(start, start + len(answer), 0, P))
+    return Batch(as_tensor(tokens), as_tensor(positions), as_tensor(targets), segments)
 
 
-def collate(groups):
-    """Groups one after another in one stream; only the segments move."""
-    offsets = np.cumsum([0] + [len(g.tokens) for g in groups]).tolist()
-    segments = [tuple(offset + bound for bound in segment)
-                for group, offset in zip(groups, offsets) for segment in group.segments]
-    return Batch(*(torch.cat([g[i] for g in groups]) for i in range(3)), segments)
+def as_tensor(parts: list[np.ndarray]) -> torch.Tensor:
+    return torch.from_numpy(np.concatenate(parts).astype(np.int64))
 
 
-def step_samples(n_pairs, cfg, step):
-    """The (pair index, draw, epoch) triples of a step: batch_size of them, from (seed, step) alone."""
+def collate(groups: list[Batch]) -> Batch:
+    """Groups one after another in one stream. No padding: only the segments move."""
+    segments = []
+    offset = 0
+    for group in groups:
+        segments += [segment.moved(offset) for segment in group.segments]
+        offset += len(group.tokens)
+    return Batch(torch.cat([group.tokens for group in groups]), torch.cat([group.positions for group in groups]),
+                 torch.cat([group.targets for group in groups]), segments)
+
+
+# ------------------------------------------------------------------------------------------------ order of samples
+
+class Sample(NamedTuple):
+    """One group of a step: which pair, at which draw of its positions, in which pass over the pairs."""
+    pair: int
+    draw: int
+    epoch: int
+
+
+def step_samples(n_pairs: int, cfg: dict, step: int) -> list[Sample]:
+    """The batch_size samples of a step, from (seed, step) alone: resuming needs no loader state.
+
+    An epoch is a permutation of all pairs x draws; steps go through it and into the next one without a seam.
+    """
     n = n_pairs * cfg["draws"]
-    out, orders = [], {}
+    orders = {}
+    samples = []
     for i in range(step * cfg["batch_size"], (step + 1) * cfg["batch_size"]):
         epoch, place = divmod(i, n)
         if epoch not in orders:
-            orders[epoch] = np.random.default_rng([cfg["seed"], epoch]).permutation(n)
+            orders[epoch] = random_stream("order of an epoch", cfg["seed"], epoch).permutation(n)
         pair, draw = divmod(int(orders[epoch][place]), cfg["draws"])
-        out.append((pair, draw, epoch))
-    return out
+        samples.append(Sample(pair, draw, epoch))
+    return samples
 
 
-def exit_on_bad_input(kind, error, trace):
-    """sys.excepthook: bad input ends with one line and exit code 1, anything else with its traceback."""
-    if issubclass(kind, BadInput):
-        if int(os.environ.get("RANK", 0)):
-            time.sleep(1)  # mostly the first process has met the same: torchrun then ends this one before its line
-        print(f"error: {error}", file=sys.stderr)
-    else:
-        sys.__excepthook__(kind, error, trace)
+def split_pairs(pairs: list[dict], held_out: int) -> tuple[list[dict], list[dict]]:
+    """(pairs to train on, the last `held_out` pairs). A document with a held-out question is not trained on: else
+    the model would be tested on text that it has read. Pairs without a "document" each count as one."""
+    kept_back = pairs[len(pairs) - held_out:] if held_out else []
+    unseen = {pair.get("document", pair["id"]) for pair in kept_back}
+    train = [pair for pair in pairs[:len(pairs) - held_out] if pair.get("document", pair["id"]) not in unseen]
+    return train, kept_back
 
 
-def main(argv):
-    import look
-    from pairs import build_pairs
-    if argv[:1] in (["score"], ["stats"], ["show"]):
-        return getattr(look, argv[0])(argv[1:])
-    cfg = load_config(argv)
-    if cfg["threads"]:
-        torch.set_num_threads(cfg["threads"])
-    tokenizer = load_tokenizer(cfg["model"], cfg["template"])
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    policy = cache(lambda: load_pretrained(cfg["model"], getattr(torch, cfg["dtype"]), device, cfg["adapter"]))
-    return int(build_pairs(cfg, policy, tokenizer) > 0)
+# --------------------------------------------------------------------------------------------------- the pairs' file
+
+def read_lines(path: str) -> Iterator[tuple[int, dict]]:
+    """(line number, object) of a JSON-lines file of ours."""
+    if not os.path.isfile(path):
+        raise BadInput(f"{path}: no such file")
+    with open(path, encoding="utf-8", errors="surrogateescape") as f:
+        for number, line in enumerate(f, 1):
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as e:
+                raise BadInput(f"{path}, line {number}: not JSON ({e})") from e
+            if not isinstance(row, dict):
+                raise BadInput(f"{path}, line {number}: expected a JSON object, found {line.strip()[:40]!r}")
+            yield number, row
 
 
-if __name__ == "__main__":
-    sys.excepthook = exit_on_bad_input
-    sys.exit(main(sys.argv[1:]))
+def load_pairs(path: str, n_rejected: int) -> list[dict]:
+    """Pairs of a file, chunks as int32 arrays. BadInput for a pair that the loss cannot use."""
+    pairs = []
+    for number, row in read_lines(path):
+        if "dropped" in row or "settings" in row:
+            continue
+        where = f"{path}, line {number}"
+        for key in ("id", "chunks", "chosen", "rejected"):
+            if row.get(key) in (None, "", []):
+                raise BadInput(f"{where}: {key!r} is {row.get(key)!r}, expected something")
+        if len(row["rejected"]) < n_rejected or not all(a.strip() for a in [row["chosen"], *row["rejected"]]):
+            found = len(row["rejected"])
+            raise BadInput(f"{where}: {found} rejected answers, expected {n_rejected}, and no empty answer")
+        pairs.append({"question": None, **row, "chunks": [np.array(c, dtype=np.int32) for c in row["chunks"]]})
+    if not pairs:
+        raise BadInput(f"{path}: no pairs in it")
+    return pairs

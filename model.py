@@ -16,12 +16,11 @@ positions are free to have gaps.
 Shape letters: T tokens in the stream, N rows or groups, A answers, H query heads, K key/value heads,
 D head dim, C hidden size, V vocabulary.
 """
-import json
 import math
-import os
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -29,6 +28,8 @@ import torch.nn.functional as F
 from torch.autograd.graph import save_on_cpu
 from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
+
+from configs import BadInput
 
 try:
     from flash_attn import flash_attn_varlen_func
@@ -39,8 +40,18 @@ IGNORE = -100      # target of a token that nobody scores
 HEAD_CHUNK = 256   # answer tokens whose logits exist at the same time
 
 
-class BadInput(ValueError):
-    """Something the user gave is wrong; the message is one line that says where, what, and what was expected."""
+
+class Segment(NamedTuple):
+    """Tokens start:end of the stream. They see prefix_start:prefix_end of it and, causally, themselves."""
+    start: int
+    end: int
+    prefix_start: int = 0
+    prefix_end: int = 0  # 0: no prefix; the segment opens a group
+
+    def moved(self, offset: int) -> "Segment":
+        if not self.prefix_end:
+            return Segment(self.start + offset, self.end + offset)
+        return Segment(*(bound + offset for bound in self))
 
 
 # ------------------------------------------------------------------------------------------------ config.json
@@ -63,26 +74,6 @@ class LlamaConfig:
     rope: dict = field(default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0})
     raw: dict = field(default_factory=dict)
 
-    @classmethod
-    def from_json(cls, path):
-        """Read config.json in either dialect. BadInput names what cannot be run."""
-        raw = read_json(path)
-        kind = raw.get("model_type")
-        if kind not in ("llama", "mistral"):
-            raise BadInput(f"{path}: model_type is {kind!r}, expected 'llama' or 'mistral'")
-        for key, allowed in (("sliding_window", (None,)), ("quantization_config", (None,)),
-                             ("hidden_act", (None, "silu")), ("partial_rotary_factor", (None, 1.0))):
-            if raw.get(key) not in allowed:
-                raise BadInput(f"{path}: {key} is {raw[key]!r}, which this model does not implement")
-        missing = [key for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-                                   "num_attention_heads") if not isinstance(raw.get(key), int)]
-        if missing:
-            raise BadInput(f"{path}: no whole number under {', '.join(missing)}")
-        heads = raw["num_attention_heads"]
-        known = {key: raw[key] for key in cls.__dataclass_fields__ if raw.get(key) is not None and key != "raw"}
-        return cls(**{"num_key_value_heads": heads, "head_dim": raw["hidden_size"] // heads,
-                      "max_position_embeddings": 2048, **known, "rope": read_rope(raw, path), "raw": raw})
-
     def extend(self, window, rope_theta=0.0):
         """Announce a longer window to whoever opens the export, and change the RoPE base where one is given."""
         self.rope["rope_theta"] = rope_theta or self.rope["rope_theta"]
@@ -90,50 +81,6 @@ class LlamaConfig:
             self.rope.setdefault("original_max_position_embeddings", self.max_position_embeddings)
         if self.rope["rope_type"] != "dynamic":  # dynamic NTK computes its frequencies from the original window
             self.max_position_embeddings = max(window, self.max_position_embeddings)
-
-    def to_json(self):
-        """The dict to write as config.json: the file that was read, with what may have changed since."""
-        names = [key for key in self.__dataclass_fields__ if key not in ("rope", "raw")]
-        raw = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu", **self.raw,
-               **{key: getattr(self, key) for key in names}}
-        raw.pop("torch_dtype", None)  # the older name of dtype: two that disagree would mislead a reader
-        if "rope_parameters" in raw:  # the dialect of transformers 5
-            return {**raw, "rope_parameters": self.rope}
-        scaling = {key: value for key, value in self.rope.items() if key != "rope_theta"}
-        return {**raw, "rope_theta": self.rope["rope_theta"],
-                "rope_scaling": None if scaling["rope_type"] == "default" else scaling}
-
-
-def read_rope(raw, path):
-    """One dict {"rope_type", "rope_theta", ...} from `rope_parameters`, or from `rope_theta` + `rope_scaling`."""
-    rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
-    rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type") or "default"  # "type" is the oldest spelling
-    rope.setdefault("rope_theta", raw.get("rope_theta") or 10000.0)
-    needed = {"default": (), "linear": ("factor",), "dynamic": ("factor",), "yarn": ("factor",),
-              "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
-    if rope["rope_type"] not in needed:
-        raise BadInput(f"{path}: rope_type is {rope['rope_type']!r}, expected one of {', '.join(needed)}")
-    for key in needed[rope["rope_type"]]:
-        if not isinstance(rope.get(key), (int, float)):
-            raise BadInput(f"{path}: rope_type {rope['rope_type']!r} needs a number {key!r}, found {rope.get(key)!r}")
-    return rope
-
-
-def read_json(path):
-    try:
-        with open(path, encoding="utf-8") as f:
-            return dict(json.load(f))
-    except OSError as e:
-        raise BadInput(f"{path}: cannot be read ({e.strerror})") from e
-    except (ValueError, TypeError) as e:  # no JSON, no UTF-8, or no object
-        raise BadInput(f"{path}: expected a JSON object, found {e}") from e
-
-
-def write_json(value, path):
-    with open(path + ".tmp", "w", encoding="utf-8") as f:
-        json.dump(value, f, indent=2, ensure_ascii=False)
-        f.write("\n")
-    os.replace(path + ".tmp", path)
 
 
 # ---------------------------------------------------------------------------------------------------- rotary
@@ -246,7 +193,7 @@ class SegmentAttention:
     @cached_property
     def groups(self):
         """For SDPA: (length of the prompt, mask of its answers' rows over the whole group) of each group."""
-        opens = [i for i, (_, _, p_start, p_end) in enumerate(self.segments) if p_start == p_end] + [len(self.segments)]
+        opens = [i for i, segment in enumerate(self.segments) if not segment.prefix_end] + [len(self.segments)]
         return [(self.segments[i][1] - self.segments[i][0], answer_mask(self.segments[i:j], self.device))
                 for i, j in zip(opens, opens[1:])]
 
@@ -419,7 +366,7 @@ class Llama(nn.Module):
         tokens, positions, targets: (T,) int64; targets hold the token to predict, or IGNORE.
         segments: see SegmentAttention. A segment with a prefix is one answer; the answers keep their order.
         """
-        answers = [s for s in segments if s[3] > s[2]]
+        answers = [segment for segment in segments if segment.prefix_end]
         x = self.trunk(tokens, positions, group_spans(positions, segments), SegmentAttention(segments, tokens.device))
         answer_of = torch.full_like(tokens, -1)
         for i, (start, end, _, _) in enumerate(answers):
@@ -440,144 +387,37 @@ class Llama(nn.Module):
         N, T = tokens.shape
         positions = torch.arange(T, device=tokens.device) if positions is None else positions
         positions = positions.expand(N, T).reshape(-1)
-        segments = [(i * T, i * T + T, 0, 0) for i in range(N)]
+        segments = [Segment(i * T, i * T + T) for i in range(N)]
         x = self.trunk(tokens.reshape(-1), positions, group_spans(positions, segments),
                        SegmentAttention(segments, tokens.device))
         return self.lm_head(x).view(N, T, -1)
 
-    # ------------------------------------------------------------------------------------------- generation
-
-    @torch.no_grad()
-    def generate(self, prompts, max_new_tokens, temperature=0.0, top_p=1.0, stop_ids=(), generator=None, shared=None, look=None):
-        """Continue each prompt; lists of ids in, lists of new ids out, with the stop token where one came.
-
-        An answer without a stop token at its end was cut by max_new_tokens. temperature 0 is greedy;
-        generator: a torch.Generator on the model's device, for sampling. shared: for each prompt, how many of its first
-        tokens others may begin with as well: what is equal is computed once, as a training group's prompt is.
-        look(row, token, tops): told of each new token with (layers, heads), where in its row each head's arg-max was.
-        """
-        if not all(len(p) for p in prompts):
-            raise BadInput(f"prompt {[len(p) for p in prompts].index(0)} of {len(prompts)} is empty")
-        device = self.lm_head.weight.device
-        tokens, positions, segments, owners = self.lay_out(prompts, shared or [0] * len(prompts))
-        cache = KVCache(self.config, segments, owners, max_new_tokens, watched=look is not None)
-        tokens, positions = (torch.tensor(x, device=device) for x in (tokens, positions))
-        x = self.trunk(tokens, positions, group_spans(positions, segments), cache.prefill(device))
-        x = x[torch.tensor([segments[i][1] - 1 for i in owners], device=device)]  # the last token of each prompt
-        out, alive = [[] for _ in prompts], list(range(len(prompts)))
-        for step in range(max_new_tokens):
-            tokens = sample(self.lm_head(x).float(), temperature, top_p, generator, alive, len(prompts))
-            for row, (i, token) in enumerate(zip(alive, tokens.tolist())):
-                out[i].append(token)
-                if look:
-                    look(i, token, torch.stack([tops[row] for tops in cache.tops]).cpu())
-            going = [row for row, i in enumerate(alive) if out[i][-1] not in stop_ids]
-            if not going or step == max_new_tokens - 1:
-                break
-            if len(going) < len(alive):  # what has ended leaves the batch
-                alive, tokens = [alive[row] for row in going], tokens[going]
-                cache.keep(going)
-            positions = cache.lengths.to(device) + step
-            x = self.trunk(tokens, positions, positions[:, None] + 1, cache.decode(device, step))
-        return out
-
-    @staticmethod
-    def lay_out(prompts, shared):
-        """(tokens, positions, segments, each prompt's segment): equal beginnings once, and what follows as answers to them."""
-        tokens, positions, segments, place = [], [], [], {}
-        cut = [min(n, len(p) - 1) for p, n in zip(prompts, shared)]
-        ends = {}  # beginning -> the different ends that follow it
-        for p, n in zip(prompts, cut):
-            ends.setdefault(tuple(p[:n]), {}).setdefault(tuple(p[n:]))
-        for start, those in ends.items():
-            pieces = [start, *those] if len(those) > 1 and start else [start + end for end in those]
-            opens, ahead = len(tokens), 0
-            for piece, end in zip(pieces, [None, *those] if len(pieces) > len(those) else those):
-                begin = len(tokens)
-                segments.append((begin, begin + len(piece), *((opens, opens + ahead) if ahead else (begin, begin))))
-                place[start, end] = len(segments) - 1
-                positions += range(ahead, ahead + len(piece))
-                tokens += piece
-                ahead = len(start) if len(pieces) > len(those) else 0
-        return tokens, positions, segments, [place[tuple(p[:n]), tuple(p[n:])] for p, n in zip(prompts, cut)]
-
 
 def group_spans(positions, segments):
     """(T, 1): largest position + 1 of each token's own group, so that groups do not see each other's lengths."""
-    starts = [start for start, _, p_start, p_end in segments if p_end == p_start] + [len(positions)]
+    starts = [segment.start for segment in segments if not segment.prefix_end] + [len(positions)]
     return torch.cat([(positions[a:b].max() + 1).expand(b - a, 1) for a, b in zip(starts, starts[1:])])
 
 
-def sample(logits, temperature, top_p, generator, alive, N):
-    """Next token of each row of logits (len(alive), V): the best at temperature 0, else from the nucleus of mass top_p.
+# ----------------------------------------------------------------------------------------------- what a step costs
 
-    alive: which of the N rows that there once were these are. Noise is drawn for all N: what a row gets does not
-    depend on which others have ended. The largest of probs / Exp(1) noise is a draw from probs.
+def count_parameters(model):
+    """(trained, frozen) numbers; a tied head counts once."""
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return trained, sum(p.numel() for p in model.parameters()) - trained
+
+
+def step_flops(model, segments, scored):
+    """FLOPs of forward and backward of one packed batch; scored: tokens whose logits are made.
+
+    A matrix costs 2 a weight and token forward, 2 for its input's gradient, and 2 for its own if it trains.
     """
-    if temperature == 0:
-        return logits.argmax(-1)
-    probs, order = (logits / temperature).softmax(-1).sort(dim=-1, descending=True)
-    probs = probs.masked_fill(probs.cumsum(-1) - probs >= top_p, 0)  # always keeps the first
-    noise = probs.new_empty(N, probs.shape[1]).exponential_(generator=generator)[alive]
-    return order.gather(1, (probs / noise).argmax(-1, keepdim=True))[:, 0]
-
-
-class KVCache:
-    """Keys and values of N rows, each an answer and the prompt that it continues.
-
-    The prompts are prefilled as one unpadded stream of segments; row i's is owners[i]. watched: keep in tops, for each
-    layer, (N, heads): the key that each head's newest query scores highest.
-    """
-
-    def __init__(self, config, segments, owners, max_new_tokens, watched=False):
-        self.segments, self.owners, self.watched = segments, owners, watched
-        lengths = [end - start + p_end - p_start for start, end, p_start, p_end in segments]
-        self.lengths = torch.tensor([lengths[i] for i in owners])
-        self.size = int(self.lengths.max()) + max_new_tokens
-        self.layers, self.tops = [None] * config.num_hidden_layers, [None] * config.num_hidden_layers
-
-    def keep(self, rows):
-        """Drop all rows but these."""
-        self.lengths = self.lengths[rows]
-        for i, cached in enumerate(self.layers):
-            self.layers[i] = cached[:, rows]
-
-    def prefill(self, device):
-        attention = SegmentAttention(self.segments, device)
-
-        def attend(layer, q, k, v):
-            self.layers[layer] = cached = k.new_zeros(2, len(self.owners), self.size, *k.shape[1:])  # (2, N, S, K, D)
-            for row, owner in enumerate(self.owners):
-                start, end, p_start, p_end = self.segments[owner]
-                P, T = p_end - p_start, p_end - p_start + end - start
-                cached[0, row, :P], cached[1, row, :P] = k[p_start:p_end], v[p_start:p_end]
-                cached[0, row, P:T], cached[1, row, P:T] = k[start:end], v[start:end]
-            if self.watched:
-                last = torch.tensor([self.segments[i][1] - 1 for i in self.owners], device=device)
-                seen = torch.arange(self.size, device=device) < self.lengths.to(device)[:, None]
-                self.tops[layer] = top_keys(q[last], cached[0].transpose(1, 2), seen[:, None, None])
-            return attention(q, k, v)
-
-        return [partial(attend, i) for i in range(len(self.layers))]
-
-    def decode(self, device, step):
-        rows, slot = torch.arange(len(self.lengths), device=device), self.lengths.to(device) + step
-        filled = int(self.lengths.max()) + step + 1
-        seen = (torch.arange(filled, device=device) <= slot[:, None])[:, None, None]  # (N, 1, 1, S)
-
-        def attend(layer, q, k, v):
-            cached = self.layers[layer]
-            cached[0, rows, slot], cached[1, rows, slot] = k, v
-            keys, values = cached[:, :, :filled].transpose(2, 3)                      # (N, K, S, D)
-            if self.watched:
-                self.tops[layer] = top_keys(q, keys, seen)
-            return F.scaled_dot_product_attention(q[:, :, None], keys, values, attn_mask=seen, enable_gqa=True)[:, :, 0]
-
-        return [partial(attend, i) for i in range(len(self.layers))]
-
-
-def top_keys(q, keys, seen):
-    """(N, H): which of the seen keys (N, K, S, D) each head's query (N, H, D) scores highest."""
-    N, H, D = q.shape
-    scores = q.view(N, keys.shape[1], -1, D) @ keys.transpose(2, 3)  # (N, K, H / K, S)
-    return scores.masked_fill(~seen, -math.inf).argmax(-1).view(N, H)
+    config, T = model.config, segments[-1][1]
+    matrices = [p for p in model.model.layers.parameters() if p.ndim > 1]
+    head = model.lm_head.weight
+    work = sum(p.numel() * (6 if p.requires_grad else 4) for p in matrices) * T
+    work += head.numel() * (6 if head.requires_grad else 4) * scored
+    seen = sum((end - start) * (p_end - p_start) + (end - start) * (end - start + 1) // 2
+               for start, end, p_start, p_end in segments)  # (query, key) pairs below the causal edge
+    width = config.num_attention_heads * config.head_dim
+    return work + 12 * width * seen * config.num_hidden_layers  # scores and values: 4 forward, 8 backward

@@ -12,9 +12,8 @@ import sys
 import torch
 
 from checkpoint import load_pretrained
-from configs import with_arguments
-from data import exit_on_bad_input
-from model import BadInput
+from configs import BadInput, exit_on_bad_input, with_arguments
+from generate import generate
 from tokenizer import load_tokenizer
 
 OPTIONS = dict(
@@ -62,7 +61,7 @@ def main(argv):
         looked.extend((int(place) - len(prefix), token) for place in copied.tolist() if 0 <= place - len(prefix) < len(document))
 
     generator = torch.Generator(device).manual_seed(options["seed"])
-    model.generate([prompt], options["max_new_tokens"], options["temperature"], options["top_p"], stops, generator, look=look)
+    generate(model, [prompt], options["max_new_tokens"], options["temperature"], options["top_p"], stops, generator, look=look)
     print()
     if context:
         print(f"\n{len(document):,} tokens of context; looked at and copied from:", file=sys.stderr)

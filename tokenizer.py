@@ -16,7 +16,7 @@ from pathlib import Path
 import regex                                          # comes with tiktoken; re lacks \p{L}
 import tiktoken
 
-from model import BadInput, read_json
+from configs import BadInput, read_json
 
 GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 LLAMA3_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"

@@ -28,15 +28,15 @@ import torch.distributed as dist
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from checkpoint import (find_checkpoint, load_adapter, load_checkpoint, load_pretrained, load_weights, prune,
-                        read_adapter, save_adapter, save_checkpoint, save_pretrained, sha256, start_lora, together)
-from configs import load_config
-from data import check_settings, collate, encode_group, exit_on_bad_input, step_samples
-from eval import recall
+from bench.plan import describe, peak_flops, peak_memory, throughput
+from checkpoint import (find_checkpoint, load_adapter, load_checkpoint, load_pretrained, load_weights, prune, read_adapter,
+                        read_config, save_adapter, save_checkpoint, save_pretrained, sha256, start_lora, together)
+from configs import BadInput, check_settings, default_groups, exit_on_bad_input, load_config, write_json
+from data import check_fit, collate, encode_group, load_pairs, split_pairs, step_samples
+from evals.questions import recall
 from loss import logo_loss
-from model import BadInput, Llama, LlamaConfig, write_json
-from pairs import build_pairs, load_pairs, pairs_path, run_folder
-from plan import count_parameters, describe, peak_flops, peak_memory, step_flops, throughput
+from model import Llama, count_parameters, step_flops
+from pairs.build import build_pairs, pairs_path, run_folder
 from tokenizer import load_tokenizer
 
 # ------------------------------------------------------------------------------------------------------ set up
@@ -50,7 +50,8 @@ if torch.cuda.is_available():
     torch.cuda.set_device(device)
 torch.set_num_threads(cfg["threads"] or max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 tokenizer = load_tokenizer(cfg["model"], cfg["template"])
-check_settings(cfg, tokenizer)
+check_settings(cfg)
+check_fit(cfg, tokenizer)
 per_rank, uneven = divmod(cfg["batch_size"], world)
 if uneven or per_rank % cfg["micro_batch"]:
     raise BadInput(f"batch_size={cfg['batch_size']} is no multiple of {world} processes x "
@@ -65,7 +66,7 @@ dtype = getattr(torch, cfg["dtype"])
 lora = {"lora_r": cfg["lora_r"], "lora_alpha": cfg["lora_alpha"], "lora_targets": cfg["lora_targets"],
         "train_also": cfg["train_also"]}
 with torch.device("meta"):  # shapes only; each process will read its own rows of the weights
-    model = Llama(LlamaConfig.from_json(os.path.join(cfg["model"], "config.json")))
+    model = Llama(read_config(os.path.join(cfg["model"], "config.json")))
     model.config.extend(cfg["window"], cfg["rope_theta"])
     model.train_only(**lora)
 if cfg["adapter"]:
@@ -106,13 +107,11 @@ if rank == 0:
     except OSError as e:
         raise BadInput(f"{folder}: cannot be written ({e.strerror})") from e
 
-# How a run is run, not what it computes: these may change when it is resumed.
-FREE = """name out model examples pairs adapter workers strict endpoint endpoint_requests endpoint_retries endpoint_timeout
-threads micro_batch checkpointing compile offload_activations offload_params shard_size save_interval keep resume
-log_interval eval_interval recall_sizes recall_questions recall_batch evals""".split()
+# Keys of the groups paths and run may change when a run is resumed.
+FIXED = [key for group in ("build", "train") for key in default_groups()[group]]
 resumed, state = find_checkpoint(folder, cfg["resume"])
 for key in cfg if resumed else ():
-    if key not in FREE and state["config"].get(key) != cfg[key]:
+    if key in FIXED and state["config"].get(key) != cfg[key]:
         raise BadInput(f"{resumed}: was saved with {key}={state['config'].get(key)!r}, now it is {cfg[key]!r}: "
                        "resume with the old value, or name another out=")
 if rank == 0:
@@ -167,7 +166,7 @@ pairs = load_pairs(pairs_path(cfg), cfg["n_rejected"])
 pairs_digest = sha256(pairs_path(cfg))
 if resumed and state["pairs"] != pairs_digest:
     raise BadInput(f"{pairs_path(cfg)}: not the pairs that {resumed} was trained on (their sha256 differs)")
-train, held_out = pairs[:len(pairs) - cfg["held_out"]], pairs[len(pairs) - cfg["held_out"]:]
+train, held_out = split_pairs(pairs, cfg["held_out"])
 if not train:
     raise BadInput(f"{pairs_path(cfg)}: {len(pairs)} pairs, expected more than held_out={cfg['held_out']}")
 
@@ -223,10 +222,10 @@ def pack(samples, source):
 def groups_loss(samples, source):
     """Loss and metrics of (pair index, draw, epoch) triples: one packed batch, one forward."""
     batch = pack(samples, source)
-    sums, lengths = model(*(x.to(device) for x in batch[:3]), batch.segments)
+    sums, lengths = model(batch.tokens.to(device), batch.positions.to(device), batch.targets.to(device), batch.segments)
     logps = (sums / lengths).view(len(samples), -1)  # (N, M + 1) mean log-probs, the chosen first
     loss, metrics = logo_loss(logps[:, 0], logps[:, 1:], cfg["beta"], cfg["gamma"], cfg["sft_weight"])
-    scored = sum(end - start for start, end, _, p_end in batch.segments if p_end)
+    scored = sum(s.end - s.start for s in batch.segments if s.prefix_end)
     work = torch.tensor([len(batch.tokens), step_flops(model, batch.segments, scored) / 1e12], device=device)
     return loss, {"loss": loss.detach(), **metrics, "tokens": work[0], "tflop": work[1]}
 
@@ -258,7 +257,7 @@ def estimate():
     samples, micro = step_samples(len(train), cfg, 0), cfg["micro_batch"]
     batches = [pack(samples[i:i + micro], train) for i in range(0, len(samples), micro)]
     largest = max(batches, key=lambda batch: len(batch.tokens))
-    scored = sum(end - start for start, end, _, p_end in largest.segments if p_end)
+    scored = sum(s.end - s.start for s in largest.segments if s.prefix_end)
     memory = peak_memory(model, cfg, len(largest.tokens), scored, shard_size, accumulating=per_rank > micro)
     say(describe(trained, frozen, sum(len(batch.tokens) for batch in batches), memory), flush=True)
 
@@ -329,11 +328,11 @@ def evaluate_checkpoint(step):
     """The config's commands of eval.py on a checkpoint's model, each in a process of its own. Rank 0; the others wait."""
     here, name = os.path.dirname(os.path.abspath(__file__)), f"step_{step:06d}"
     merged = os.path.join(folder, "eval", name, name)
-    work = [["checkpoint.py", "merge", os.path.join(folder, name), merged]]
+    work = [[os.path.join(here, "checkpoint.py"), "merge", os.path.join(folder, name), merged]]
     for command in map(shlex.split, cfg["evals"]):
-        work.append(["eval.py", command[0], merged, *command[1:], f"out={os.path.dirname(merged)}"])
+        work.append(["-m", "evals", command[0], merged, *command[1:], f"out={os.path.dirname(merged)}"])
     for script, *args in work:
-        if subprocess.run([sys.executable, os.path.join(here, script), *args]).returncode:
+        if subprocess.run([sys.executable, script, *args], env={**os.environ, "PYTHONPATH": here}).returncode:
             say(f"warning: {script} {' '.join(args)} failed: the run goes on", flush=True)
     shutil.rmtree(merged, ignore_errors=True)
 

@@ -9,7 +9,7 @@ config = dict(
     window=81920,
     beta=10.0,
     gamma=3.0,
-    examples="data/examples.jsonl", n_examples=6000, draws=2,  # 12,000 samples, as in the paper
+    examples="data/examples.jsonl", n_examples=6000, draws=2, steps=188,  # 12,000 samples in steps of 64, as in the paper
     dtype="bfloat16",
     lora_r=32, lora_alpha=16, train_also="embed,norm",
     lr=2e-5,  # public scripts: 5e-7, a rate for training all weights; LoRA usually wants 1e-5 to 2e-4

@@ -11,7 +11,7 @@ config = dict(
     n_examples=1200,
     prompt_tail="\nQuestion: {question}\nAnswer:",
     chunk_size=16, n_chunks=6,        # a prompt of about 110 tokens: inside the model's own window
-    delta=1, candidates=4, temperature_step=0.0,
+    delta=1, candidates=4,
     max_new_tokens=16,
     build_batch=32,
     window=1024,                      # 8 times the model's window

@@ -8,9 +8,9 @@ import torch
 from test_model import hf_model
 from torch.utils.flop_counter import sdpa_backward_flop_count, sdpa_flop_count
 
-import bench
-from model import BadInput
-from plan import step_flops
+from bench import __main__ as bench
+from configs import BadInput
+from model import step_flops
 
 ROOT = Path(__file__).parent.parent
 

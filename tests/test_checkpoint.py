@@ -9,7 +9,7 @@ from test_model import hf_model, rows
 
 import checkpoint
 from checkpoint import load_pretrained, save_adapter, save_pretrained, start_lora
-from model import BadInput
+from configs import BadInput
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-import corpus
+from pairs import corpus
 from configs import load_config
-from model import BadInput
+from configs import BadInput
 
 ROOT = Path(__file__).parent.parent
 

@@ -7,7 +7,8 @@ import pytest
 
 import data
 from configs import load_config
-from model import IGNORE, BadInput
+from configs import BadInput
+from model import IGNORE
 from tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -86,7 +87,7 @@ def test_positions_are_a_function_of_their_arguments():
 
 
 def test_mix_is_sparse_for_its_share():
-    kinds = [data.kind_of({"positions": "mix", "sparse_share": 0.1}, (0, i, 0), 0) for i in range(2000)]
+    kinds = [data.kind_of_draw({"positions": "mix", "sparse_share": 0.1}, (0, i, 0), 0) for i in range(2000)]
     assert 0.08 < kinds.count("sparse") / 2000 < 0.12
 
 
@@ -173,7 +174,7 @@ def test_a_missing_spacy_says_so(monkeypatch):
 
 
 def select(scores, n_chunks=4, delta=6, max_critical=0, n_rejected=4, seed=0):
-    return data.select(scores, n_chunks, delta, max_critical, n_rejected, np.random.default_rng(seed))
+    return data.select_chunks(scores, n_chunks, delta, max_critical, n_rejected, np.random.default_rng(seed))
 
 
 def test_each_prompt_sees_its_own_side_of_the_document():

@@ -59,7 +59,7 @@ def test_logps_in_bf16_equal_fp32(monkeypatch, path):
 def test_greedy_generation_in_fp32_equals_the_cpu():
     prompts = [prompt for prompt, _, _ in GROUPS]
     model = load_pretrained(TINY)
-    expected = model.generate(prompts, 16)
+    expected = generate(model, prompts, 16)
     assert model.to(DEVICE).generate(prompts, 16) == expected
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import look
+from pairs import look
 from data import load_tokenizer
-from model import BadInput
+from configs import BadInput
 
 ROOT = Path(__file__).parent.parent
 TINY = str(ROOT / "models" / "tiny")
@@ -94,7 +94,7 @@ def test_score_tells_what_selection_will_do(capsys):
 
 
 def test_the_commands_end_with_one_line_on_bad_input(tmp_path):
-    for args, message in ((["stats", "none.jsonl"], "none.jsonl: no such file"), (["show"], "expected: python data.py show"),
-                          (["stats"], "expected: python data.py stats")):
-        done = subprocess.run([sys.executable, "data.py", *args], cwd=ROOT, capture_output=True, text=True)
+    for args, message in ((["stats", "none.jsonl"], "none.jsonl: no such file"), (["show"], "expected: python -m pairs show"),
+                          (["stats"], "expected: python -m pairs stats")):
+        done = subprocess.run([sys.executable, "-m", "pairs", *args], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 1 and done.stderr.startswith("error: ") and message in done.stderr and done.stderr.count("\n") == 1

@@ -20,7 +20,10 @@ from transformers import MistralConfig as HFMistralConfig
 import model as model_file
 from checkpoint import load_pretrained, save_pretrained
 from loss import logo_loss
-from model import IGNORE, BadInput, LlamaConfig, SegmentAttention, rotary_tables, sample
+from checkpoint import config_json, read_config
+from configs import BadInput
+from generate import generate, lay_out, sample
+from model import IGNORE, LlamaConfig, Segment, SegmentAttention, rotary_tables
 
 WINDOW = 64  # max_position_embeddings of the tiny models: dynamic RoPE starts to stretch here
 ROPES = {
@@ -162,7 +165,7 @@ def test_frequencies_of_llama3_8b_equal_transformers_to_the_bit(tmp_path, rope):
     positions = torch.tensor([[0, 59_999]])
     hf.model.rotary_emb(torch.zeros(1), positions)  # dynamic RoPE stretches here
     hf.config.save_pretrained(tmp_path)
-    config = LlamaConfig.from_json(tmp_path / "config.json")
+    config = read_config(tmp_path / "config.json")
     frequencies, _ = model_file.rope_frequencies(config, positions.max()[None] + 1)
     assert torch.equal(frequencies, hf.model.rotary_emb.inv_freq)
 
@@ -172,7 +175,7 @@ def test_frequencies_of_llama3_8b_equal_transformers_to_the_bit(tmp_path, rope):
 def test_angles_are_exact_at_position_60000_in_bf16(tmp_path, rope, autocast):
     """bf16 keeps 8 bits: an angle of 60,000 held in it would be off by up to 128 radians."""
     hf_model(rope).config.save_pretrained(tmp_path)
-    config = LlamaConfig.from_json(tmp_path / "config.json")
+    config = read_config(tmp_path / "config.json")
     positions = torch.tensor([0, 7, 4_001, 59_999])
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         cos, sin = rotary_tables(config, positions, positions.max()[None] + 1, torch.bfloat16)
@@ -525,10 +528,10 @@ def test_greedy_generation_equals_transformers(tmp_path, rope):
     hf = hf_model(rope)
     hf.generation_config.eos_token_id = None
     ours = reopen(hf, tmp_path)
-    free = ours.generate(PROMPTS, 24)
+    free = generate(ours, PROMPTS, 24)
     assert free == hf_greedy(hf, PROMPTS, 24) and all(len(answer) == 24 for answer in free)
     stop_ids = (free[0][5], free[2][9])
-    stopped = ours.generate(PROMPTS, 24, stop_ids=stop_ids)
+    stopped = generate(ours, PROMPTS, 24, stop_ids=stop_ids)
     assert stopped == hf_greedy(hf, PROMPTS, 24, stop_ids)
     assert stopped[0][-1] in stop_ids and len(stopped[0]) <= 6  # the stop token is part of the answer
 
@@ -552,7 +555,7 @@ def test_dynamic_rope_generates_past_its_window_as_transformers_does(tmp_path):
 
 def test_cached_generation_equals_recomputation(tmp_path):
     ours = reopen(hf_model("yarn"), tmp_path)
-    for prompt, answer in zip(PROMPTS, ours.generate(PROMPTS, 24)):
+    for prompt, answer in zip(PROMPTS, generate(ours, PROMPTS, 24)):
         again = ours.logits(torch.tensor([prompt + answer[:-1]]))[0, len(prompt) - 1:].argmax(-1)
         assert answer == again.tolist()
 
@@ -561,7 +564,7 @@ def test_cached_generation_equals_recomputation(tmp_path):
 def test_neighbours_in_a_batch_change_nothing(tmp_path, rope):
     ours = reopen(hf_model(rope), tmp_path)
     prompts = [*PROMPTS, rows(1, 2 * WINDOW)[0].tolist()]  # the last is past dynamic RoPE's window, the others not
-    assert ours.generate(prompts, 12) == [ours.generate([prompt], 12)[0] for prompt in prompts]
+    assert generate(ours, prompts, 12) == [generate(ours, [prompt], 12)[0] for prompt in prompts]
     with torch.no_grad():
         tokens, near, far = rows(2, 20), gaps(1, 20, 200), gaps(1, 20, 2_000)
         batch, alone = ours.logits(tokens, torch.cat([near, far])), ours.logits(tokens[:1], near)
@@ -572,17 +575,17 @@ def test_sampling_repeats_under_its_seed(tmp_path):
     ours = reopen(hf_model(), tmp_path)
 
     def draw(seed, **how):
-        return ours.generate(PROMPTS, 12, temperature=1.0, generator=torch.Generator().manual_seed(seed), **how)
+        return generate(ours, PROMPTS, 12, temperature=1.0, generator=torch.Generator().manual_seed(seed), **how)
 
     assert draw(1) == draw(1) != draw(2)
-    assert draw(1, top_p=1e-6) == ours.generate(PROMPTS, 12)  # a nucleus of one token is greedy
+    assert draw(1, top_p=1e-6) == generate(ours, PROMPTS, 12)  # a nucleus of one token is greedy
 
 
 def test_answers_to_one_prompt_share_its_prefill(tmp_path):
     ours = reopen(hf_model(), tmp_path)
     streams, trunk = [], ours.trunk
     ours.trunk = lambda tokens, *rest: streams.append(len(tokens)) or trunk(tokens, *rest)
-    assert ours.generate([PROMPTS[1], PROMPTS[0], PROMPTS[1]], 6) == [ours.generate([PROMPTS[i]], 6)[0] for i in (1, 0, 1)]
+    assert generate(ours, [PROMPTS[1], PROMPTS[0], PROMPTS[1]], 6) == [generate(ours, [PROMPTS[i]], 6)[0] for i in (1, 0, 1)]
     assert streams[0] == len(PROMPTS[0]) + len(PROMPTS[1])
 
 
@@ -590,7 +593,7 @@ def test_what_a_row_draws_does_not_depend_on_rows_that_ended(tmp_path):
     ours = reopen(hf_model(), tmp_path)
     rows = []
     for i in range(40):  # until some answers stop early and others do not
-        free, stopped = (ours.generate(PROMPTS, 24, 1.0, 1.0, stops, torch.Generator().manual_seed(i)) for stops in ((), (7, 8)))
+        free, stopped = (generate(ours, PROMPTS, 24, 1.0, 1.0, stops, torch.Generator().manual_seed(i)) for stops in ((), (7, 8)))
         for a, b in zip(free, stopped):
             assert b == a[:len(b)] and (len(b) == 24 or b[-1] in (7, 8))
             rows.append(len(b))

@@ -15,11 +15,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import pairs
+from pairs import answers, build, policy
 from checkpoint import load_pretrained
 from configs import load_config, run_file
 from data import encode_group
-from model import BadInput
+from configs import BadInput
 from tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -75,7 +75,7 @@ KILLS = int(os.environ.get("NANOLOGO_KILLS", 3))
 def test_killed_at_random_moments_a_build_ends_with_the_same_file(tmp_path):
     """kill -9 of the whole build, workers included only by themselves noticing."""
     def start(path):
-        return subprocess.Popen([sys.executable, "data.py", "configs/tiny.py", f"pairs={path}", "n_examples=60", "build_batch=4",
+        return subprocess.Popen([sys.executable, "-m", "pairs", "configs/tiny.py", f"pairs={path}", "n_examples=60", "build_batch=4",
                                  "temperature=0.7", "workers=2"], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
     begun, whole = time.time(), tmp_path / "whole.jsonl"

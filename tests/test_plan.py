@@ -7,8 +7,9 @@ from test_model import hf_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from checkpoint import load_pretrained, start_lora
-from model import Llama, LlamaConfig, SegmentAttention
-from plan import DATASHEET, block_activations, count_parameters, peak_flops, peak_memory, step_flops, throughput
+from checkpoint import read_config
+from model import Llama, LlamaConfig, Segment, SegmentAttention, count_parameters, step_flops
+from bench.plan import DATASHEET, block_activations, peak_flops, peak_memory, throughput
 
 LLAMA3_8B = dict(vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
                  num_key_value_heads=8, head_dim=128, max_position_embeddings=8192)

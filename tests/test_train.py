@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import data
 from checkpoint import load_pretrained
-from pairs import load_pairs
+from data import load_pairs
 from tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parent.parent

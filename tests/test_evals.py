@@ -14,7 +14,8 @@ import eval as evaluation
 import longbench
 from checkpoint import load_pretrained
 from configs import run_file
-from model import BadInput, top_keys
+from configs import BadInput
+from generate import generate, top_keys
 from tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -47,8 +48,8 @@ def test_a_shared_beginning_changes_no_answer(tiny):
     other, _ = prompts_of(tiny, 2)[1]
     words = tiny.tokenizer.encode("\nQuestion: Who is Rosa?\nAnswer:")
     prompts, shared = [base, base[:90] + words, base, other, base[:90] + base[80:]], [90, 90, 90, 0, 400]
-    alone = [tiny.model.generate([p], 12)[0] for p in prompts]
-    assert tiny.model.generate(prompts, 12, shared=shared) == alone == tiny.model.generate(prompts, 12)
+    alone = [tiny.generate(model, [p], 12)[0] for p in prompts]
+    assert tiny.generate(model, prompts, 12, shared=shared) == alone == tiny.generate(model, prompts, 12)
     tokens, _, segments, owners = tiny.model.lay_out(prompts, shared)
     assert len(tokens) == len(base) + len(words) + len(other) + len(prompts[4])  # 90 of them once for three prompts
     assert owners[0] == owners[2] and len(segments) == 3 + 1 + 1                 # what nobody shares stays whole
@@ -76,7 +77,7 @@ def test_answers_come_back_in_the_order_of_the_prompts(tiny):
 def test_heads_look_where_transformers_heads_look(tiny, theirs):
     prompts = [ids for ids, _ in prompts_of(tiny, 3)] + [prompts_of(tiny, 1, size=60)[0][0]]
     seen, stops = {}, tiny.tokenizer.chat("", "")[2]             # rows end at different steps
-    out = tiny.model.generate(prompts, 16, stop_ids=stops, look=lambda row, token, tops: seen.setdefault(row, []).append((token, tops)))
+    out = tiny.generate(model, prompts, 16, stop_ids=stops, look=lambda row, token, tops: seen.setdefault(row, []).append((token, tops)))
     for row, (prompt, new) in enumerate(zip(prompts, out)):
         attentions = theirs(torch.tensor([prompt + new]), output_attentions=True).attentions  # (1, H, T, T) of each layer
         assert [token for token, _ in seen[row]] == new
@@ -222,7 +223,7 @@ def test_scores_equal_the_official_scripts():
     if not folder:
         pytest.skip("LONGBENCH names no folder with the official scripts")
     sys.path.insert(0, folder)
-    official = run_file(os.path.join(folder, "eval.py"))
+    official = run_file(os.path.join(folder, "-m", "evals"))
     rng, words = random.Random(0), "the a of Paris city big 3 12 Paragraph 段落3 北京 大学 是 x = foo(1) # no ` , .".split()
     for name in longbench.METRICS:
         predictions = ["".join(rng.choice(words) + rng.choice(["", " ", "\n"]) for _ in range(rng.randrange(9))) for _ in range(200)]
@@ -299,9 +300,9 @@ def test_sample_answers_and_says_where_it_looked(tmp_path):
 
 
 @pytest.mark.parametrize("args, message", [
-    (["eval.py"], "expected: python eval.py"), (["eval.py", "needle", TINY, "task=single"], "did you mean 'tasks'?"),
-    (["eval.py", "needle", TINY, "tasks=many"], "expected some of single"), (["eval.py", "qa", TINY], "examples is empty"),
-    (["eval.py", "needle", "none"], "none"), (["eval.py", "longbench", TINY, f"data={ROOT / 'configs'}"], "no file in it ends with"),
+    (["-m", "evals"], "expected: python -m evals"), (["-m", "evals", "needle", TINY, "task=single"], "did you mean 'tasks'?"),
+    (["-m", "evals", "needle", TINY, "tasks=many"], "expected some of single"), (["-m", "evals", "qa", TINY], "examples is empty"),
+    (["-m", "evals", "needle", "none"], "none"), (["-m", "evals", "longbench", TINY, f"data={ROOT / 'configs'}"], "no file in it ends with"),
     (["sample.py", TINY], "expected: python sample.py"), (["sample.py", TINY, "Who?", "context=none.txt"], "no such file")])
 def test_bad_input_ends_with_one_line(args, message):
     done = subprocess.run([sys.executable, *args], cwd=ROOT, capture_output=True, text=True)

@@ -23,10 +23,9 @@ import tempfile
 import zlib
 from array import array
 
-import numpy as np
 
-from configs import run_file
-from model import BadInput
+from configs import BadInput, run_file
+from data import random_stream
 
 ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".txt")
 # LongAlpaca frames its documents; long-llm-data sets the question apart by rules of hyphens, or by an empty line alone.
@@ -37,12 +36,10 @@ QUESTION_FOLLOWS = re.compile(r"\n\s*Now the (?:second )?(?:paper|material|book)
 # ------------------------------------------------------------------------------------------ a row -> its examples
 
 def text_of(row, key, cfg):
-    """row[key], a text that is not empty and not longer than max_chars."""
+    """row[key], a text that is not empty."""
     text = row.get(key)
     if not isinstance(text, str) or not text.strip():
         raise BadInput(f"{key!r} is {repr(text)[:60]}, expected a text that is not empty")
-    if len(text) > cfg["max_chars"] > 0:
-        raise BadInput(f"{key!r} has {len(text):,} characters, expected at most max_chars={cfg['max_chars']:,}")
     return text
 
 
@@ -242,7 +239,7 @@ class Examples:
 
     def with_distractors(self, i, example):
         """Example i's passage among size - 1 passages of other rows, in random order."""
-        rng = np.random.default_rng([self.seed, i])
+        rng = random_stream("distractors", self.seed, i)
         order = [j for j in rng.permutation(len(self)) if j != i and self.corpus.is_passage[self.order[j]]][:self.size - 1]
         passages = {j: self.corpus[self.order[j]]["passage"] for j in order} | {i: example.pop("passage")}
         return {**example, "context": [passages[j] for j in rng.permutation([i, *order])]}
@@ -264,11 +261,11 @@ def read_examples(cfg, split, size=None):
             raise BadInput(f"n_examples is 0, expected how many to take from {path}: a generated corpus has no end")
         seed = cfg["seed"] * 1_000_003 + (size + 1 if split == "recall" else 0)
         return list(run_file(path).examples(train if split == "train" else count, size, seed))
-    key = (path, cfg["max_chars"], cfg["questions"], cfg["strict"])
+    key = (path, cfg["questions"], cfg["strict"])
     if key not in opened:
         opened[key] = Corpus(path, cfg)
     rows = opened[key]
-    order = np.random.default_rng(cfg["seed"]).permutation(len(rows))
+    order = random_stream("split of the corpus", cfg["seed"]).permutation(len(rows))
     train = min(train or len(rows), len(rows))
     if split == "recall" and train + count > len(rows):
         raise BadInput(f"{path}: {len(rows)} examples, expected {train} for pairs + {count} for recall_questions")

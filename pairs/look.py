@@ -1,8 +1,8 @@
 """Look at what was built: a table of a pairs' file, one pair to read, and how positions cover the window.
 
-    python data.py stats PAIRS [CONFIG] [key=value]    window and positions are the config's; PNGs beside the file
-    python data.py show PAIRS 7                        evidence is bright on a terminal
-    python data.py score CONFIG [key=value]            what chunks and scores come to, before any answer is written
+    python -m pairs stats PAIRS [CONFIG] [key=value]    window and positions are the config's; PNGs beside the file
+    python -m pairs show PAIRS 7                        evidence is bright on a terminal
+    python -m pairs score CONFIG [key=value]            what chunks and scores come to, before any answer is written
 """
 import os
 import re
@@ -13,11 +13,11 @@ from collections import Counter
 
 import numpy as np
 
-from configs import load_config
-from corpus import read_examples
-from data import STRATEGIES, check_settings, kind_of, load_evaluator, slots, synthesize_positions
-from model import BadInput
-from pairs import drafts, normalize, read_lines
+from configs import BadInput, check_settings, load_config
+from data import IRRELEVANT, NEAR, PARTIAL, STRATEGIES, Placing, kind_of_draw, load_evaluator, random_stream, read_lines, slots, synthesize_positions
+from pairs.answers import normalize
+from pairs.build import drafts
+from pairs.corpus import read_examples
 from tokenizer import load_tokenizer
 
 SAMPLES = 200  # for coverage
@@ -25,21 +25,23 @@ SAMPLES = 200  # for coverage
 
 # ------------------------------------------------------------------------------------------------------- coverage
 
-def independent(lengths, slack, draw, draws, shared, own):
+def independent(p):
     """Eq. 4 as printed: a bias for each chunk from U(1, c (K - k) / N), whatever its neighbours drew. To compare with."""
-    starts = [start for start, _, _ in slots(lengths, 0)]
-    return np.concatenate([start + own.integers(0, c * slack // len(lengths) + 1) + np.arange(length)
-                           for c, (start, length) in enumerate(zip(starts, lengths))])
+    placed = []
+    for c, (start, length, _) in enumerate(slots(p.lengths, 0)):
+        bias = p.own.integers(0, c * p.slack // len(p.lengths) + 1)
+        placed.append(start + bias + np.arange(length))
+    return np.concatenate(placed)
 
 
 def place(kind, lengths, tail, window, share, sample, draws):
     """Positions of chunks and tail of one sample, by a strategy; "independent" need not be increasing."""
     seed, draw = (0, sample // draws), sample % draws
     if kind == "mix":
-        kind = kind_of({"positions": "mix", "sparse_share": share}, (*seed, 0), draw)
+        kind = kind_of_draw({"positions": "mix", "sparse_share": share}, (*seed, 0), draw)
     if kind == "independent":
-        own = np.random.default_rng([*seed, draw])
-        placed = independent(lengths, window - sum(lengths) - tail, draw, draws, None, own)
+        own = random_stream("literal Eq. 4", *seed, draw)
+        placed = independent(Placing(lengths, window - sum(lengths) - tail, draw, draws, None, own))
         return np.concatenate([placed, placed.max() + 1 + np.arange(tail)])
     placed, after = synthesize_positions(lengths, 0, tail, window, kind, draw, draws, seed)
     return np.concatenate([placed, after + np.arange(tail)])
@@ -93,7 +95,7 @@ def open_file(path):
 def stats(argv):
     """The table of a pairs' file; with matplotlib also PAIRS.positions.png."""
     if not argv:
-        raise BadInput("expected: python data.py stats PAIRS [CONFIG] [key=value]")
+        raise BadInput("expected: python -m pairs stats PAIRS [CONFIG] [key=value]")
     path, cfg = argv[0], load_config(argv[1:])
     settings, pairs, dropped = open_file(path)
     print(f"{path}: {len(pairs)} pairs of {len(pairs) + sum(dropped.values())} examples")
@@ -110,9 +112,9 @@ def stats(argv):
         spread("words in common with the chosen", [x for a in audits for x in a["overlap"]])
         share_of("chosen has the reference answer", [a["chosen_right"] for a in audits])
         share_of("its prompt held the evidence", [a["chosen_saw_evidence"] for a in audits])
-        for kind in ("irrelevant", "mix"):
+        for kind in (IRRELEVANT, PARTIAL, NEAR):
             each = [(a["rejected_right"][j], a["rejected_saw_evidence"][j], a["error"][j]) for a in audits
-                    for j, found in enumerate(a["pattern"]) if found == kind]
+                    for j, found in enumerate(a["evidence"]) if found == kind]
             print(f"  rejected, from {kind} chunks: {len(each)}")
             share_of("  has the reference answer", [x[0] for x in each])
             share_of("  its prompt held the evidence", [x[1] for x in each])
@@ -182,7 +184,7 @@ def score(argv):
     """Read, chunk and score a config's whole corpus: how selective it is, how fast this is, and in how much memory."""
     cfg = load_config(argv)
     tokenizer = load_tokenizer(cfg["model"], cfg["template"])
-    check_settings(cfg, tokenizer)
+    check_settings(cfg)
     start = time.time()
     examples, evaluator = read_examples(cfg, "train"), load_evaluator(cfg)
     indexed, size = time.time(), cfg["build_batch"]
@@ -215,7 +217,7 @@ def score(argv):
 def show(argv):
     """Print pair number argv[1] (its id) for reading: words shared with the question, or part of its answers, are bright."""
     if len(argv) != 2 or not argv[1].isdigit():
-        raise BadInput("expected: python data.py show PAIRS ID")
+        raise BadInput("expected: python -m pairs show PAIRS ID")
     settings, pairs, _ = open_file(argv[0])
     found = [row for row in pairs if row["id"] == int(argv[1])]
     if not found:
@@ -233,7 +235,7 @@ def show(argv):
     for j, text in enumerate(row["rejected"]):
         found = row.get("audit", {})
         print(f"rejected   {bright(text.strip(), wanted)}{invented(text, context)}"
-              + (f"   [{found['pattern'][j]} chunks: {found['error'][j]}]" if found else ""))
+              + (f"   [{found['evidence'][j]} chunks: {found['error'][j]}]" if found else ""))
 
 
 def bright(text, words):

@@ -1,9 +1,9 @@
 """Speed and memory, as ratios of measurements made in one run, on whatever machine this is.
 
-    python bench.py step     [key=value]     a training step, against three ways to compute the same loss
-    python bench.py limit    [key=value]     the step's work against the least that it needs, its pace against the machine's
-    python bench.py generate [key=value]     answers for pairs, against transformers' generate
-    python bench.py plan CONFIG [key=value]  what a run will cost on GPUs that are not here: arithmetic; also config keys
+    python -m bench step     [key=value]     a training step, against three ways to compute the same loss
+    python -m bench limit    [key=value]     the step's work against the least that it needs, its pace against the machine's
+    python -m bench generate [key=value]     answers for pairs, against transformers' generate
+    python -m bench plan CONFIG [key=value]  what a run will cost on GPUs that are not here: arithmetic; also config keys
 
 Each prints a table and writes it, with versions and machine, to out/bench/COMMAND.json. Peers need requirements-dev.txt.
 Inputs are random tokens of a seed, the same for all. A process measures one step and ends, so that no peer inherits
@@ -21,12 +21,12 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from checkpoint import load_pretrained, start_lora
-from configs import load_config, with_arguments
-from data import exit_on_bad_input
+from checkpoint import load_pretrained, read_config, start_lora
+from configs import BadInput, exit_on_bad_input, load_config, with_arguments, write_json
 from loss import logo_loss
-from model import IGNORE, BadInput, Llama, LlamaConfig, write_json
-from plan import DATASHEET, count_parameters, peak_memory, step_flops
+from bench.plan import DATASHEET, peak_memory
+from generate import generate
+from model import IGNORE, Llama, LlamaConfig, Segment, count_parameters, step_flops
 
 SHAPE = dict(
     model="models/smollm2",  # Hugging Face folder of the model
@@ -62,6 +62,7 @@ OPTIONS = {
         reserved=2.0,        # GB of it for the CUDA context, NCCL and the allocator's gaps
         utilisation=[0.3, 0.4, 0.5]),  # of the datasheet's FLOP/s, by the work that the layout needs (MFU)
 }
+HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 # Freed memory stays with the process: without this, Linux hands out each large tensor's pages anew, which on a virtual
 # machine took a third of a step, whoever computed it.
 MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40), "MALLOC_TOP_PAD_": str(1 << 29)}
@@ -92,7 +93,7 @@ def group(prompt, answers):
     tokens = torch.cat([prompt[:-1], torch.cat([last, answers[:, :-1]], 1).flatten()])
     positions = torch.cat([torch.arange(P), (P + torch.arange(L)).repeat(A)])
     targets = torch.cat([torch.full((P,), IGNORE), answers.flatten()])
-    return tokens, positions, targets, [(0, P, 0, 0)] + [(P + i * L, P + (i + 1) * L, 0, P) for i in range(A)]
+    return tokens, positions, targets, [Segment(0, P)] + [Segment(P + i * L, P + (i + 1) * L, 0, P) for i in range(A)]
 
 
 def rows(prompt, answers):
@@ -268,8 +269,8 @@ def set_up(s):
 
 def in_new_process(s):
     """measure_...(s) in a process of its own."""
-    done = subprocess.run([sys.executable, os.path.abspath(__file__), "measure", json.dumps(s)], capture_output=True, text=True,
-                          env={**os.environ, **MALLOC})
+    done = subprocess.run([sys.executable, "-m", "bench", "measure", json.dumps(s)], capture_output=True, text=True,
+                          env={**os.environ, **MALLOC}, cwd=HERE)
     if done.returncode < 0:  # mostly Linux, out of memory
         return {"error": f"killed by signal {-done.returncode}"}
     if done.returncode:
@@ -413,7 +414,7 @@ def measure_generate(s):
     if s["way"] == "ours":
         model = load_pretrained(s["model"], getattr(torch, s["dtype"]), device)
         prompts = prompts_of(s, model.config.vocab_size)
-        run = lambda: model.generate(prompts, s["answer"])
+        run = lambda: generate(model, prompts, s["answer"])
     else:
         model = hf_model({**s, "checkpointing": False}, device).eval()
         model.config.use_cache, model.generation_config.eos_token_id = True, None  # no answer ends early, as in ours
@@ -453,7 +454,7 @@ def planned_model(cfg, options):
     """The config's model on the meta device, from its folder or from SHAPES."""
     path = os.path.join(cfg["model"], "config.json")
     if os.path.isfile(path) and not options["shape"]:
-        config = LlamaConfig.from_json(path)
+        config = read_config(path)
     else:
         name = options["shape"] or next((name for name in SHAPES if cfg["name"].startswith(name)), None)
         if name not in SHAPES:
@@ -467,10 +468,10 @@ def planned_model(cfg, options):
 
 def plan_of(model, cfg, P, L, M, shards, naive=False):
     """(tokens, FLOPs, {item: bytes}) of one group in one layout, on one process of so many."""
-    segments = [(0, P, 0, 0)] + [(P + i * L, P + (i + 1) * L, 0, P) for i in range(M + 1)]
+    segments = [Segment(0, P)] + [Segment(P + i * L, P + (i + 1) * L, 0, P) for i in range(M + 1)]
     scored = (M + 1) * L
     if naive:
-        segments, scored = [(i * (P + L), (i + 1) * (P + L), 0, 0) for i in range(M + 1)], (M + 1) * (P + L)
+        segments, scored = [Segment(i * (P + L), (i + 1) * (P + L)) for i in range(M + 1)], (M + 1) * (P + L)
     tokens = segments[-1][1]
     accumulating = cfg["batch_size"] > shards * cfg["micro_batch"]
     memory = peak_memory(model, {**cfg, "n_rejected": M}, tokens, scored, shards, accumulating, naive)
@@ -544,12 +545,12 @@ def main(argv):
         else:
             options = with_arguments(options, [arg])
     if name == "plan" and (not config or "=" in config[0]):
-        raise BadInput("plan: expected a config file, as in: python bench.py plan configs/llama3_8b_80k.py")
+        raise BadInput("plan: expected a config file, as in: python -m bench plan configs/llama3_8b_80k.py")
     if "model" in options and not os.path.isfile(os.path.join(options["model"], "config.json")):
         raise BadInput(f"model={options['model']!r}: no config.json there (README, \"A real checkpoint\", makes models/smollm2)")
     table = commands[name](options, *config)
     os.makedirs("out/bench", exist_ok=True)
-    write_json({"command": ["bench.py", *argv], "options": options, **machine(), "table": table}, f"out/bench/{name}.json")
+    write_json({"command": ["bench", *argv], "options": options, **machine(), "table": table}, f"out/bench/{name}.json")
 
 
 if __name__ == "__main__":

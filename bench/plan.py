@@ -10,7 +10,7 @@ backward need, without what checkpointing computes again. Memory is the expected
 """
 import torch
 
-from model import HEAD_CHUNK
+from model import HEAD_CHUNK, count_parameters
 
 # Dense bf16 FLOP/s on the makers' datasheets, by a part of the device's name; the first that fits.
 DATASHEET = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H800": 989e12, "H200": 989e12, "B200": 2250e12,
@@ -21,28 +21,6 @@ def peak_flops(device):
     """Datasheet FLOP/s of a CUDA device, or None where we know none."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     return next((flops for part, flops in DATASHEET.items() if part in name), None)
-
-
-def count_parameters(model):
-    """(trained, frozen) numbers; a tied head counts once."""
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return trained, sum(p.numel() for p in model.parameters()) - trained
-
-
-def step_flops(model, segments, scored):
-    """FLOPs of forward and backward of one packed batch; scored: tokens whose logits are made.
-
-    A matrix costs 2 a weight and token forward, 2 for its input's gradient, and 2 for its own if it trains.
-    """
-    config, T = model.config, segments[-1][1]
-    matrices = [p for p in model.model.layers.parameters() if p.ndim > 1]
-    head = model.lm_head.weight
-    work = sum(p.numel() * (6 if p.requires_grad else 4) for p in matrices) * T
-    work += head.numel() * (6 if head.requires_grad else 4) * scored
-    seen = sum((end - start) * (p_end - p_start) + (end - start) * (end - start + 1) // 2
-               for start, end, p_start, p_end in segments)  # (query, key) pairs below the causal edge
-    width = config.num_attention_heads * config.head_dim
-    return work + 12 * width * seen * config.num_hidden_layers  # scores and values: 4 forward, 8 backward
 
 
 def peak_memory(model, cfg, tokens, scored, shards, accumulating=False, naive=False):

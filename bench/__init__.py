@@ -1,0 +1,1 @@
+"""python -m bench: speed and memory, as ratios of measurements made in one run."""

@@ -1,0 +1,1 @@
+"""python -m evals: what a model folder can do, before and after."""

@@ -1,0 +1,1 @@
+"""python -m pairs: from a corpus to a file of pairs, and looking at what was built."""
