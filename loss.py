@@ -13,7 +13,7 @@ import torch.nn.functional as F
 def logo_loss(chosen, rejected, beta, gamma, sft_weight=0.0):
     """Loss, a scalar (the mean over N groups), and detached metrics, each a mean over N groups.
 
-    chosen: (N,) mean log-prob of each preferred answer. rejected: (N, M), M >= 1, of the dis-preferred ones.
+    chosen: (N,) mean log-prob of each chosen answer. rejected: (N, M), M >= 1, of the rejected ones.
     beta, gamma: as in Eq. 2. sft_weight: lambda of Eq. 3.
     """
     if chosen.ndim != 1 or rejected.ndim != 2 or len(chosen) != len(rejected) or rejected.shape[1] < 1:
@@ -22,12 +22,13 @@ def logo_loss(chosen, rejected, beta, gamma, sft_weight=0.0):
     preference = -F.logsigmoid(margin - gamma)
     sft = -chosen
     metrics = {
-        "preference": preference,
-        "sft": sft,
-        "margin": margin,
-        "accuracy": chosen > rejected.mean(dim=1),                   # above the mean of the rejected
-        "accuracy_all": (chosen[:, None] > rejected).all(dim=1),     # above every one of them
-        "chosen": chosen,
-        "rejected": rejected.mean(dim=1),
+        "preference": preference,       # L_pref; names with a stroke are TRL's
+        "nll": sft,
+        "rewards/margins": margin,
+        "rewards/accuracies": chosen > rejected.mean(dim=1),                   # above the mean of the rejected
+        "rewards/accuracies_all": (chosen[:, None] > rejected).all(dim=1),     # above every one of them
+        "logps/chosen": chosen,
+        "logps/rejected": rejected.mean(dim=1),
     }
-    return (preference + sft_weight * sft).mean(), {k: v.detach().to(chosen.dtype).mean() for k, v in metrics.items()}
+    loss = (preference + sft_weight * sft).mean()
+    return loss, {name: value.detach().to(chosen.dtype).mean() for name, value in metrics.items()}

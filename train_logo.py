@@ -31,12 +31,12 @@ from torch.distributed.tensor import DTensor
 from bench.plan import describe, peak_flops, peak_memory, throughput
 from checkpoint import (find_checkpoint, load_adapter, load_checkpoint, load_pretrained, load_weights, prune, read_adapter,
                         read_config, save_adapter, save_checkpoint, save_pretrained, sha256, start_lora, together)
-from configs import BadInput, check_settings, default_groups, exit_on_bad_input, load_config, write_json
+from configs import BadInput, check_settings, default_groups, exit_on_bad_input, load_config, pairs_path, run_folder, write_json
 from data import check_fit, collate, encode_group, load_pairs, split_pairs, step_samples
-from evals.questions import recall
+from evals.questions import count_right
 from loss import logo_loss
 from model import Llama, count_parameters, step_flops
-from pairs.build import build_pairs, pairs_path, run_folder
+from pairs.build import build_pairs
 from tokenizer import load_tokenizer
 
 # ------------------------------------------------------------------------------------------------------ set up
@@ -131,9 +131,9 @@ def policy():
 def recalls(model, label):
     """Right answers at each context size: {size: [right, asked]}. model: a function that opens it."""
     found = {}
-    for size in cfg["recall_sizes"] if cfg["recall_questions"] else []:
-        found[size] = right, asked = recall(model(), tokenizer, cfg, size, rank, world)
-        say(f"recall {label:24s} context {size:6d}  {right:4d} of {asked:4d}  {right / asked:.3f}", flush=True)
+    for size in cfg["fresh_sizes"] if cfg["fresh_questions"] else []:
+        found[size] = right, asked = count_right(model(), tokenizer, cfg, size, rank, world)
+        say(f"right answers {label:24s} context {size:6d}  {right:4d} of {asked:4d}  {right / asked:.3f}", flush=True)
     return found
 
 
@@ -151,12 +151,12 @@ if resumed:
     before = state["before"]
     say(f"resumed from {resumed}")
 else:
-    before = {"recall": recalls(policy, "before")}
-    if cfg["rope_theta"] and before["recall"]:  # what the longer base alone does: the control that training has to beat
+    before = {"right_answers": recalls(policy, "before")}
+    if cfg["rope_theta"] and before["right_answers"]:  # what the longer base alone does: the control that training has to beat
         theta, policy().config.rope["rope_theta"] = policy().config.rope["rope_theta"], cfg["rope_theta"]
-        before["recall_rope_theta"] = recalls(policy, "before, rope_theta only")
+        before["right_answers_rope_theta"] = recalls(policy, "before, rope_theta only")
         policy().config.rope["rope_theta"] = theta
-    lap("recall_before")
+    lap("questions_before")
     if rank == 0:
         build_pairs(cfg, policy, tokenizer)
     dist.barrier()
@@ -248,8 +248,9 @@ def evaluate():
 
 
 def line(step, metrics, extra=""):
-    return "step {:5d}  loss {loss:.4f}  accuracy {accuracy:.2f}  margin {margin:+.2f}  chosen {chosen:.3f}  " \
-           "rejected {rejected:.3f}  sft {sft:.3f}".format(step, **metrics) + extra
+    return (f"step {step:5d}  loss {metrics['loss']:.4f}  accuracy {metrics['rewards/accuracies']:.2f}  "
+            f"margin {metrics['rewards/margins']:+.2f}  chosen {metrics['logps/chosen']:.3f}  "
+            f"rejected {metrics['logps/rejected']:.3f}  nll {metrics['nll']:.3f}{extra}")
 
 
 def estimate():
@@ -393,8 +394,8 @@ for step in range(start_step, cfg["steps"]):
         say(line(step + 1, metrics, extra), flush=True)
     if "held_out" in metrics:
         say(line(step + 1, now, "  held-out"), flush=True)
-        if now["chosen"] < first["chosen"] - 0.5:  # likelihood displacement: margins grow while the answer is lost
-            say(f"warning: chosen log-prob fell from {first['chosen']:.3f} to {now['chosen']:.3f}: "
+        if now["logps/chosen"] < first["logps/chosen"] - 0.5:  # likelihood displacement: margins grow while the answer is lost
+            say(f"warning: chosen log-prob fell from {first['logps/chosen']:.3f} to {now['logps/chosen']:.3f}: "
                 "raise sft_weight or lower lr")
     stopped = agreed(signals)
     if stopped or cfg["save_interval"] and (last or (step + 1) % cfg["save_interval"] == 0):
@@ -429,8 +430,8 @@ except BadInput as e:  # all processes have to know, or the others end with a tr
 if error := together(error)[0]:
     raise BadInput(error)
 del model, optimizer, trainable, decayed
-after = {"recall": recalls(cache(lambda: load_pretrained(export, dtype, device)), "after"), "held_out": now}
-lap("recall_after")
+after = {"right_answers": recalls(cache(lambda: load_pretrained(export, dtype, device)), "after"), "held_out": now}
+lap("questions_after")
 if rank == 0:
     seconds = {name: round(value, 1) for name, value in clock.items() if name != "start"}
     write_json({"config": cfg, "before": before, "after": after, "pairs": len(pairs), "processes": world,

@@ -24,7 +24,7 @@ CHOICES = {
     "endpoint_api": ("chat", "completions"),
 }
 AT_LEAST_ONE = ("n_chunks", "chunk_size", "n_rejected", "draws", "batch_size", "micro_batch", "build_batch",
-                "recall_batch", "keep", "questions", "endpoint_requests", "max_new_tokens", "steps")
+                "fresh_batch", "keep", "questions", "endpoint_requests", "max_new_tokens", "steps")
 
 
 class BadInput(ValueError):
@@ -159,3 +159,13 @@ def check_settings(cfg: dict) -> None:
         refuse("candidates", cfg["candidates"], f"0 or at least n_rejected={cfg['n_rejected']}")
     if "{question}" not in cfg["prompt_tail"]:
         refuse("prompt_tail", cfg["prompt_tail"], "a text with {question} in it")
+
+
+def run_folder(cfg: dict) -> str:
+    """Where a run writes."""
+    return cfg["out"] or os.path.join("out", cfg["name"])
+
+
+def pairs_path(cfg: dict) -> str:
+    """The pairs' file of a run."""
+    return cfg["pairs"] or os.path.join(run_folder(cfg), "pairs.jsonl")

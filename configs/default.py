@@ -100,8 +100,8 @@ run = dict(
     # evaluation
     log_interval=10,         # steps between printed lines; metrics.jsonl has every step
     eval_interval=100,       # steps between evaluations on the held-out pairs; 0: only before and after
-    recall_sizes=[],         # context sizes (as context_size) at which right answers are counted, before and after
-    recall_questions=0,      # fresh examples at each of these sizes
-    recall_batch=25,         # prompts generated together
+    fresh_sizes=[],         # context sizes (as context_size) at which right answers are counted, before and after
+    fresh_questions=0,      # fresh examples at each of these sizes
+    fresh_batch=25,         # prompts generated together
     evals=[],                # evaluations of each checkpoint, as ["needle lengths=[512,1024]"]; in RUN/eval
 )

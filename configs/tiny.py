@@ -22,6 +22,6 @@ config = dict(
     checkpointing=False,
     threads=1,                        # the same numbers on any machine
     log_interval=25, save_interval=0,
-    recall_sizes=[104, 232, 488, 1000],  # 1, 2, 4, 8 windows, less room for question and answer
-    recall_questions=200,
+    fresh_sizes=[104, 232, 488, 1000],  # 1, 2, 4, 8 windows, less room for question and answer
+    fresh_questions=200,
 )

@@ -25,8 +25,8 @@ def preferences(subjects, options):
         _, metrics = logo_loss(logps[:, 0], logps[:, 1:], cfg["beta"], cfg["gamma"], cfg["sft_weight"])
         row = {"model": subject.name, "n": len(pairs), **{key: float(value) for key, value in metrics.items()}}
         table.append(row)
-        print(f"{subject.name:20} margin {row['margin']:+.3f}  accuracy {row['accuracy']:.3f}  chosen {row['chosen']:.3f}  "
-              f"rejected {row['rejected']:.3f}  of {len(pairs)}", flush=True)
+        print(f"{subject.name:20} margin {row['rewards/margins']:+.3f}  accuracy {row['rewards/accuracies']:.3f}  chosen {row['logps/chosen']:.3f}  "
+              f"rejected {row['logps/rejected']:.3f}  of {len(pairs)}", flush=True)
     if plt := pyplot():
         figure, axes = plt.subplots(1, len(shown), figsize=(1 + 4 * len(shown), 3.2), squeeze=False, sharex=True, constrained_layout=True)
         for axis, (name, logps) in zip(axes[0], shown.items()):

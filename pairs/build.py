@@ -21,7 +21,7 @@ from multiprocessing.pool import ThreadPool
 import numpy as np
 from tqdm import tqdm
 
-from configs import BadInput, check_settings, default_groups
+from configs import BadInput, check_settings, default_groups, pairs_path
 from data import (Selection, check_fit, chunk, importance_scores, load_evaluator, random_stream, read_lines,
                   select_chunks, text_around)
 from pairs.answers import audit, fault_of_chosen, is_right, keep_rejected
@@ -171,14 +171,6 @@ def finish(cfg, evaluator, new, candidates):
 
 
 # ------------------------------------------------------------------------------------------------------- the file
-
-def run_folder(cfg):
-    return cfg["out"] or os.path.join("out", cfg["name"])
-
-
-def pairs_path(cfg):
-    return cfg["pairs"] or os.path.join(run_folder(cfg), "pairs.jsonl")
-
 
 def header(cfg):
     """What the pairs are made by: two files whose headers differ do not mix."""

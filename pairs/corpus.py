@@ -249,17 +249,17 @@ opened = {}  # standard input can be read once only
 
 
 def read_examples(cfg, split, size=None):
-    """Examples for the pairs (split "train") or fresh ones to count recall on (split "recall"); never both.
+    """Examples for the pairs (split "train") or fresh ones to count recall on (split "fresh"); never both.
 
     size: passages around the question, or tokens of context where the corpus is a .py with
-    examples(count, size, seed). A corpus is shuffled once by the seed; "train" takes its head, "recall" its end.
+    examples(count, size, seed). A corpus is shuffled once by the seed; "train" takes its head, "fresh" its end.
     """
     path, size = cfg["examples"], size or cfg["context_size"]
-    train, count = cfg["n_examples"], cfg["recall_questions"]
+    train, count = cfg["n_examples"], cfg["fresh_questions"]
     if path.endswith(".py"):
         if not train:
             raise BadInput(f"n_examples is 0, expected how many to take from {path}: a generated corpus has no end")
-        seed = cfg["seed"] * 1_000_003 + (size + 1 if split == "recall" else 0)
+        seed = cfg["seed"] * 1_000_003 + (size + 1 if split == "fresh" else 0)
         return list(run_file(path).examples(train if split == "train" else count, size, seed))
     key = (path, cfg["questions"], cfg["strict"])
     if key not in opened:
@@ -267,6 +267,6 @@ def read_examples(cfg, split, size=None):
     rows = opened[key]
     order = random_stream("split of the corpus", cfg["seed"]).permutation(len(rows))
     train = min(train or len(rows), len(rows))
-    if split == "recall" and train + count > len(rows):
-        raise BadInput(f"{path}: {len(rows)} examples, expected {train} for pairs + {count} for recall_questions")
+    if split == "fresh" and train + count > len(rows):
+        raise BadInput(f"{path}: {len(rows)} examples, expected {train} for pairs + {count} for fresh_questions")
     return Examples(rows, order[:train] if split == "train" else order[len(rows) - count:], size, cfg["seed"])

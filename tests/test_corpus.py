@@ -184,17 +184,17 @@ def test_an_empty_folder_and_too_few_passages_are_refused(tmp_path):
         read(path, "context_size=4")
 
 
-def test_recall_questions_are_never_training_questions(tmp_path):
+def test_fresh_questions_are_never_training_questions(tmp_path):
     rows = [{"question": f"q{i}", "answers": [f"a{i}"], "title": "t", "text": f"text a{i}"} for i in range(30)]
     path = lines(tmp_path / "passages.jsonl", rows)
-    args = ("n_examples=20", "recall_questions=10", "context_size=4")
-    train, fresh = read(path, *args), read(path, *args, split="recall")
+    args = ("n_examples=20", "fresh_questions=10", "context_size=4")
+    train, fresh = read(path, *args), read(path, *args, split="fresh")
     assert len({e["question"] for e in train + fresh}) == 30
     for e in train + fresh:
         assert len(e["context"]) == len(set(e["context"])) == 4
         assert sum(e["answers"][0] in passage.split() for passage in e["context"]) == 1
     with pytest.raises(BadInput, match="30 examples, expected 20 for pairs"):
-        read(path, "n_examples=20", "recall_questions=11", "context_size=4", split="recall")
+        read(path, "n_examples=20", "fresh_questions=11", "context_size=4", split="fresh")
 
 
 def test_rows_of_different_forms_may_be_mixed(tmp_path):

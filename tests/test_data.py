@@ -230,8 +230,8 @@ def test_a_bad_key_or_value_is_refused(args, message):
 
 
 def test_the_command_line_wins_and_takes_the_default_type():
-    cfg = config("lr=1", "recall_sizes=[5]", "checkpointing=True")
-    assert cfg["lr"] == 1.0 and type(cfg["lr"]) is float and cfg["recall_sizes"] == [5] and cfg["checkpointing"] is True
+    cfg = config("lr=1", "fresh_sizes=[5]", "checkpointing=True")
+    assert cfg["lr"] == 1.0 and type(cfg["lr"]) is float and cfg["fresh_sizes"] == [5] and cfg["checkpointing"] is True
     assert load_config([])["name"] == "tiny"
 
 

@@ -279,7 +279,7 @@ def test_preferences_equal_the_training_runs_metrics(tmp_path):
     """The held-out metrics that a run logged before its first step."""
     out = tmp_path / "run"
     done = subprocess.run([sys.executable, "train_logo.py", "configs/tiny.py", "n_examples=40", "steps=1", "batch_size=4", "micro_batch=4",
-                           "held_out=8", "recall_questions=0", "rope_theta=0", f"out={out}", "save_interval=1",
+                           "held_out=8", "fresh_questions=0", "rope_theta=0", f"out={out}", "save_interval=1",
                            f"evals=['needle haystack={TINY}/world.py lengths=[60] depths=[50] samples=1']"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert os.listdir(out / "eval" / "step_000001") and json.loads((out / "eval" / "step_000001" / "needle.json").read_text())["table"]

@@ -54,7 +54,7 @@ def test_by_hand_one_group():
     # margin 2 * (-1 - (-1.5 - 2.5) / 2) = 2; gamma 2 brings it to log sigmoid(0) = -log 2; lambda 0.5 * 1 on top
     loss, metrics = logo_loss(torch.tensor([-1.0]), torch.tensor([[-1.5, -2.5]]), beta=2.0, gamma=2.0, sft_weight=0.5)
     assert loss.item() == pytest.approx(np.log(2) + 0.5)
-    assert metrics["margin"].item() == pytest.approx(2.0)  # before gamma: what a plot of rewards shows
+    assert metrics["rewards/margins"].item() == pytest.approx(2.0)  # before gamma: what a plot of rewards shows
 
 
 def test_gamma_stands_outside_beta():
@@ -98,7 +98,7 @@ def test_one_rejected_answer_equals_trl_simpo(beta, gamma):
     theirs, chosen_rewards, rejected_rewards = cpo.CPOTrainer.cpo_loss(settings, chosen, rejected[:, 0])
     ours, metrics = logo_loss(chosen, rejected, beta, gamma)
     assert ours.item() == pytest.approx(theirs.mean().item(), abs=1e-12)
-    assert metrics["margin"].item() == pytest.approx((chosen_rewards - rejected_rewards).mean().item(), abs=1e-12)
+    assert metrics["rewards/margins"].item() == pytest.approx((chosen_rewards - rejected_rewards).mean().item(), abs=1e-12)
 
 
 def test_metrics_by_hand():
@@ -110,7 +110,7 @@ def test_metrics_by_hand():
     loss, metrics = logo_loss(chosen, rejected, beta=2.0, gamma=1.0, sft_weight=0.5)
     margins = np.array([3.0, 1.0, -1.0, 0.0])  # 2 * (chosen - mean of rejected)
     preference = np.log1p(np.exp(-(margins - 1.0))).mean()
-    expected = {"preference": preference, "sft": 1.75, "margin": 0.75, "accuracy": 0.5, "accuracy_all": 0.25,
+    expected = {"preference": preference, "nll": 1.75, "rewards/margins": 0.75, "rewards/accuracies": 0.5, "rewards/accuracies_all": 0.25,
                 "chosen": -1.75, "rejected": -2.125}
     assert {name: value.item() for name, value in metrics.items()} == pytest.approx(expected, abs=1e-6)
     assert loss.item() == pytest.approx(preference + 0.5 * 1.75)

@@ -23,8 +23,8 @@ from tokenizer import load_tokenizer
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "models" / "tiny"
 LORA = ("lora_r=8", "train_also=embed,norm")
-SMALL = ["n_examples=40", "steps=4", "batch_size=8", "micro_batch=4", "held_out=4", "eval_interval=2", "recall_sizes=[104]",
-         "recall_questions=10", "threads=1"]
+SMALL = ["n_examples=40", "steps=4", "batch_size=8", "micro_batch=4", "held_out=4", "eval_interval=2", "fresh_sizes=[104]",
+         "fresh_questions=10", "threads=1"]
 
 
 def command(*args, processes=1, script="train_logo.py"):
@@ -88,7 +88,7 @@ def test_losses_do_not_depend_on_processes_accumulation_or_memory(run, mode, arg
 def test_training_lowers_the_loss_and_the_result_says_so(run):
     result = json.loads((run() / "result.json").read_text())
     assert result["after"]["held_out"]["loss"] < result["before"]["held_out"]["loss"]
-    assert result["before"]["recall"]["104"][1] == result["after"]["recall"]["104"][1] == 10
+    assert result["before"]["right_answers"]["104"][1] == result["after"]["right_answers"]["104"][1] == 10
     assert result["config"]["steps"] == 4 and result["processes"] == 1 and set(result["seconds"]) >= {"pairs", "train"}
     assert (run() / "source" / "train_logo.py").read_text() == (ROOT / "train_logo.py").read_text()
 
@@ -167,7 +167,7 @@ def test_bad_input_ends_with_one_line_and_leaves_nothing(tmp_path, case, message
 # ------------------------------------------------------------------------------------------------ kill and resume
 
 def arguments(run, folder, *more):
-    return ("configs/tiny.py", *SMALL, "recall_questions=0", f"pairs={run.pairs}", f"out={folder}", *more)
+    return ("configs/tiny.py", *SMALL, "fresh_questions=0", f"pairs={run.pairs}", f"out={folder}", *more)
 
 
 def same_run(a, b):
@@ -338,7 +338,7 @@ def untied(run, folder, change=lambda weights: None):
     header, *lines = run.pairs.read_text().splitlines()
     settings = {**json.loads(header)["settings"], "model": str(model)}
     (folder / "pairs.jsonl").write_text("\n".join([json.dumps({"settings": settings}), *lines]) + "\n")
-    return ("configs/tiny.py", *SMALL, "recall_questions=0", f"model={model}", f"pairs={folder / 'pairs.jsonl'}",
+    return ("configs/tiny.py", *SMALL, "fresh_questions=0", f"model={model}", f"pairs={folder / 'pairs.jsonl'}",
             f"out={folder / 'run'}")
 
 

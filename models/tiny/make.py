@@ -182,7 +182,7 @@ def add(weight, heads):
 
 
 @torch.no_grad()
-def recall(model, coder, size, count):
+def count_right(model, coder, size, count):
     """Share of answers that greedy decoding gets exactly right: the arg-max is right at every answer token."""
     right = 0
     for example in examples(count, size, seed=2):
