@@ -111,7 +111,7 @@ def test_metrics_by_hand():
     margins = np.array([3.0, 1.0, -1.0, 0.0])  # 2 * (chosen - mean of rejected)
     preference = np.log1p(np.exp(-(margins - 1.0))).mean()
     expected = {"preference": preference, "nll": 1.75, "rewards/margins": 0.75, "rewards/accuracies": 0.5, "rewards/accuracies_all": 0.25,
-                "chosen": -1.75, "rejected": -2.125}
+                "logps/chosen": -1.75, "logps/rejected": -2.125}
     assert {name: value.item() for name, value in metrics.items()} == pytest.approx(expected, abs=1e-6)
     assert loss.item() == pytest.approx(preference + 0.5 * 1.75)
     assert not any(value.requires_grad for value in metrics.values())

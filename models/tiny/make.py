@@ -25,7 +25,8 @@ import torch.nn.functional as F
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parents[1])]                   # the repository root, for model.py
 from checkpoint import save_pretrained                  # noqa: E402
-from model import Llama, LlamaConfig, write_json        # noqa: E402
+from configs import write_json                          # noqa: E402
+from model import Llama, LlamaConfig                    # noqa: E402
 from world import CITIES, JOBS, ask, examples, words, world  # noqa: E402
 
 WINDOW = 128
@@ -214,7 +215,7 @@ def main():
         path.rename(HERE / path.name)
     (HERE / "new").rmdir()
     for times in (1, 2, 4, 8):
-        share = recall(model, coder, times * WINDOW - 24, 200)  # question and answer take up to 24 tokens
+        share = count_right(model, coder, times * WINDOW - 24, 200)  # question and answer take up to 24 tokens
         print(f"{times}x: {share:.3f} of 200 answers exactly right")
 
 
