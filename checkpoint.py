@@ -76,7 +76,7 @@ def read_parameters(wanted, files, where, ignore=()):
         read_rows(p, key, [files[key]])
 
 
-def whole(p):
+def full_tensor(p):
     """The full tensor, on the CPU. Of a sharded one all processes have to ask."""
     p = p.detach()
     return (p.to(p.device_mesh.device_type).full_tensor() if isinstance(p, DTensor) else p).cpu()
@@ -223,9 +223,9 @@ def merged(model, dtype=None):
     for name, p in model.named_parameters():
         if "lora_" in name:
             continue
-        module, tensor = model.get_submodule(name.rpartition(".")[0]), whole(p)
+        module, tensor = model.get_submodule(name.rpartition(".")[0]), full_tensor(p)
         if isinstance(module, LoRALinear) and name.endswith(".weight"):
-            A, B = (whole(part.weight).float() for part in (module.lora_A, module.lora_B))
+            A, B = (full_tensor(part.weight).float() for part in (module.lora_A, module.lora_B))
             tensor = (tensor.float() + module.scale * (B @ A)).to(tensor.dtype if dtype is None else dtype)
         yield name, tensor if dtype is None else tensor.to(dtype)
 
@@ -324,7 +324,7 @@ def save_adapter(model, folder, base, lora, tokenizer=None, write=True):
     base or window, which the base model's does not: open the base with it.
     """
     parameters, modules = adapter_tensors(model)
-    tensors = {key: whole(p).clone() for key, p in parameters.items()}
+    tensors = {key: full_tensor(p).clone() for key, p in parameters.items()}
     if not write:
         return
     with writing(folder) as tmp:
@@ -386,7 +386,7 @@ def save_checkpoint(folder, model, optimizer, state):
             digest = {name: sha256(os.path.join(tmp, name))}
     except (OSError, SafetensorError) as e:
         error = f"{folder}: cannot be written ({e})"
-    found = together({"digests": digest if rank == part and not error else {}, "error": error})
+    found = all_gather({"digests": digest if rank == part and not error else {}, "error": error})
     error = next((one["error"] for one in found if one["error"]), None)
     if rank == 0 and not error:
         try:
@@ -399,17 +399,20 @@ def save_checkpoint(folder, model, optimizer, state):
             put_in_place(tmp, folder)
         except OSError as e:
             error = f"{folder}: cannot be written ({e})"
-    error = together(error)[0] if not error else error
+    error = all_gather(error)[0] if not error else error
     if error and rank == 0:
         shutil.rmtree(tmp, ignore_errors=True)
     return error
 
 
-def together(value):
+def all_gather(value):
     """The JSON-like values of all processes, in order of rank."""
     values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+together = all_gather
 
 
 def sha256(path):
@@ -450,7 +453,7 @@ def find_checkpoint(run, resume):
     damaged one is named. Otherwise a folder.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
-    folders = together(checkpoints(run) if resume in ("", "auto") else [resume])[0]  # as the first process sees it
+    folders = all_gather(checkpoints(run) if resume in ("", "auto") else [resume])[0]  # as the first process sees it
     if folders and not resume:
         raise BadInput(f"{folders[0]} is there: resume=auto goes on from it; to start anew, remove the step_ folders "
                        f"of {run} or name another out=")
@@ -459,7 +462,7 @@ def find_checkpoint(run, resume):
             state, error = read_state(folder, rank, world), None
         except BadInput as e:
             state, error = None, str(e)
-        error = next((e for e in together(error) if e), None)
+        error = next((e for e in all_gather(error) if e), None)
         if not error:
             return folder, state
         if folder == folders[-1]:

@@ -8,6 +8,7 @@ Text never becomes a control token: a document that says "<|im_end|>" is a docum
 Control tokens come from the templates below, and BOS only from there: once.
 """
 import base64
+import hashlib
 import itertools
 import re
 from collections import namedtuple
@@ -149,14 +150,17 @@ def load_tokenizer(folder, template="auto"):
         path, read = folder / "tokenizer.json", read_byte_level
     if not path.is_file():
         raise BadInput(f"{folder}: found no tokenizer, expected tokenizer.model or tokenizer.json")
-    return Tokenizer(folder, template, *read(path))
+    tokenizer = Tokenizer(folder, template, *read(path))
+    tokenizer.digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    return tokenizer
 
 
 class Tokenizer:
     """One model folder's encode, decode and chat; made by load_tokenizer.
 
     special {name: id} of control tokens; bos_id, eos_id int, or None where the folder names none; vocab_size highest
-    id + 1 (a model may have more rows); template a name in TEMPLATES.
+    id + 1 (a model may have more rows); template a name in TEMPLATES; digest the first 16 hexadecimal digits of the
+    sha256 of the file that gives the ids.
     """
 
     def __init__(self, folder, template, encode, decode, special, size, settings):

@@ -1,5 +1,6 @@
 """The tokenizer equals Hugging Face's, token by token; text is never a control token; bad files are named."""
 import base64
+import hashlib
 import io
 import json
 import random
@@ -349,3 +350,16 @@ def test_a_normalizer_is_refused(tmp_path):
     spec = json.loads((tmp_path / "tokenizer.json").read_text("utf-8"))
     (tmp_path / "tokenizer.json").write_text(json.dumps({**spec, "normalizer": {"type": "NFC"}}))
     refused(tmp_path, "NFC")
+
+
+def test_the_digest_names_the_tokenizer_and_nothing_else(tmp_path):
+    tiny = Path(__file__).parent.parent / "models" / "tiny"
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "tokenizer.json").write_bytes((tiny / "tokenizer.json").read_bytes())
+    (tmp_path / "b" / "tokenizer_config.json").write_text('{"model_max_length": 1}')
+    expected = hashlib.sha256((tiny / "tokenizer.json").read_bytes()).hexdigest()[:16]
+    assert {load_tokenizer(folder).digest for folder in (tiny, tmp_path / "a", tmp_path / "b")} == {expected}
+    spaced = (tiny / "tokenizer.json").read_text() + " "
+    (tmp_path / "b" / "tokenizer.json").write_text(spaced)
+    assert load_tokenizer(tmp_path / "b").digest != expected
