@@ -342,11 +342,7 @@ def encode_group(pair: dict, tokenizer: Tokenizer, cfg: dict, draw: int = 0, epo
     Each branch begins with a copy of the prompt's last token, the one that predicts the first answer token. So the
     first answer token needs no special case: a target is the token after it, everywhere.
     """
-    prefix, suffix, stops = prompt_around(cfg, tokenizer, pair["question"], pair.get("system"))
-    answers = []
-    for text in [pair["chosen"], *pair["rejected"][:cfg["n_rejected"]]]:
-        answers.append(tokenizer.encode(text) + stops[:1])
-
+    prefix, suffix, answers = token_ids(pair, tokenizer, cfg)
     chunk_lengths = [len(ids) for ids in pair["chunks"]]
     longest = max(len(answer) for answer in answers)
     seed = (cfg["seed"], pair["id"], epoch)
@@ -368,6 +364,15 @@ def encode_group(pair: dict, tokenizer: Tokenizer, cfg: dict, draw: int = 0, epo
         targets.append(np.array(answer))    # the shift: a branch token's target is the answer token after it
         segments.append(Segment(start, start + len(answer), 0, P))
     return Batch(as_tensor(tokens), as_tensor(positions), as_tensor(targets), segments)
+
+
+def token_ids(pair: dict, tokenizer: Tokenizer, cfg: dict) -> tuple[list[int], list[int], list[list[int]]]:
+    """(prefix, suffix, answers): what stands before and after the chunks, and the chosen and M rejected with their ends."""
+    prefix, suffix, stops = prompt_around(cfg, tokenizer, pair["question"], pair.get("system"))
+    answers = []
+    for text in [pair["chosen"], *pair["rejected"][:cfg["n_rejected"]]]:
+        answers.append(tokenizer.encode(text) + stops[:1])
+    return prefix, suffix, answers
 
 
 def as_tensor(parts: list[np.ndarray]) -> torch.Tensor:
@@ -437,20 +442,114 @@ def read_lines(path: str) -> Iterator[tuple[int, dict]]:
             yield number, row
 
 
-def load_pairs(path: str, n_rejected: int) -> list[dict]:
-    """Pairs of a file, chunks as int32 arrays. BadInput for a pair that the loss cannot use."""
+def read_header(path: str) -> dict:
+    """The settings that a pairs' file was built with, from its first line; {} where it has no such line."""
+    for _, row in read_lines(path):
+        settings = row.get("settings", {})
+        if not isinstance(settings, dict):
+            raise BadInput(f"{path}, line 1: 'settings' is {shown(settings)}, expected a JSON object")
+        return settings
+    return {}
+
+
+def load_pairs(path: str, cfg: dict, tokenizer: Tokenizer) -> list[dict]:
+    """The pairs of a file, every one checked, with their chunks as int32 arrays.
+
+    BadInput names file, line and key of the first that could not be trained on. It is said here, before any work,
+    since a pair that fails hours later, at its turn, would fail again after each resume.
+    """
+    digest = getattr(tokenizer, "digest", None)
+    built_with = read_header(path).get("tokenizer", digest)
+    if built_with != digest:
+        raise BadInput(f"{path}: its token ids are of the tokenizer with digest {built_with!r}, "
+                       f"{cfg['model']} has {digest!r}: build pairs with this model")
     pairs = []
+    lines = {}
     for number, row in read_lines(path):
-        if "dropped" in row or "settings" in row:
+        if "dropped" in row or (number == 1 and "settings" in row):
             continue
-        where = f"{path}, line {number}"
-        for key in ("id", "chunks", "chosen", "rejected"):
-            if row.get(key) in (None, "", []):
-                raise BadInput(f"{where}: {key!r} is {row.get(key)!r}, expected something")
-        if len(row["rejected"]) < n_rejected or not all(a.strip() for a in [row["chosen"], *row["rejected"]]):
-            found = len(row["rejected"])
-            raise BadInput(f"{where}: {found} rejected answers, expected {n_rejected}, and no empty answer")
-        pairs.append({"question": None, **row, "chunks": [np.array(c, dtype=np.int32) for c in row["chunks"]]})
+        try:
+            pair = checked_pair(row, cfg, tokenizer)
+        except BadInput as e:
+            raise BadInput(f"{path}, line {number}: {e}") from e
+        if pair["id"] in lines:
+            raise BadInput(f"{path}, line {number}: 'id' is {pair['id']}, as in line {lines[pair['id']]}: "
+                           "expected another one for each pair")
+        lines[pair["id"]] = number
+        pairs.append(pair)
     if not pairs:
         raise BadInput(f"{path}: no pairs in it")
     return pairs
+
+
+def checked_pair(row: dict, cfg: dict, tokenizer: Tokenizer) -> dict:
+    """A line of a pairs' file as a pair. BadInput, without file and line, says what is wrong with it."""
+    for key in ("id", "document"):
+        if key == "document" and row.get(key) is None:
+            continue
+        # Streams of random numbers are told apart by 32-bit words, and True is no number of anything.
+        if type(row.get(key)) is not int or not 0 <= row[key] < 1 << 32:
+            raise expected(row, key, f"a whole number from 0 to {(1 << 32) - 1}")
+    for key in ("question", "system"):
+        if row.get(key) is not None and not is_text(row[key]):
+            raise expected(row, key, "a text, or null")
+    check_chunks(row, cfg["n_chunks"], tokenizer.vocab_size)
+    check_answers(row, cfg["n_rejected"])
+
+    pair = {**row, "question": row.get("question"), "system": row.get("system")}
+    pair["chunks"] = [np.array(ids, dtype=np.int32) for ids in row["chunks"]]
+    prefix, suffix, answers = token_ids(pair, tokenizer, cfg)
+    prompt = len(prefix) + len(suffix) + sum(len(ids) for ids in pair["chunks"])
+    longest = max(len(answer) for answer in answers)
+    if prompt < 2:
+        raise BadInput(f"its prompt has {prompt} token, expected two or more")
+    if prompt + longest > cfg["window"]:
+        raise BadInput(f"its prompt of {prompt} tokens and its longest answer of {longest} do not fit window={cfg['window']}: "
+                       "raise window, or build pairs with a lower n_chunks, chunk_size or max_new_tokens")
+    return pair
+
+
+def check_chunks(row: dict, n_chunks: int, vocab_size: int) -> None:
+    """1 to n_chunks lists of token ids. An id past the vocabulary would end a GPU run by an assertion without a place."""
+    chunks = row.get("chunks")
+    if not isinstance(chunks, list) or not 1 <= len(chunks) <= n_chunks:
+        raise expected(row, "chunks", f"a list of 1 to n_chunks={n_chunks} lists of token ids")
+    for ids in chunks:
+        whole = isinstance(ids, list) and set(map(type, ids)) == {int}
+        if not whole or min(ids) < 0 or max(ids) >= vocab_size:
+            raise BadInput(f"'chunks' has {shown(ids)}, expected a list of token ids from 0 to {vocab_size - 1}, "
+                           "those of this model's tokenizer")
+
+
+def check_answers(row: dict, n_rejected: int) -> None:
+    """A chosen text, and M or more others: each with something in it, none equal to the chosen."""
+    rejected = row.get("rejected")
+    if not is_text(row.get("chosen")) or not row["chosen"].strip():
+        raise expected(row, "chosen", "a text that is not empty")
+    if not isinstance(rejected, list) or len(rejected) < n_rejected:
+        raise expected(row, "rejected", f"a list of n_rejected={n_rejected} or more texts")
+    for text in rejected:
+        if not is_text(text) or not text.strip():
+            raise BadInput(f"'rejected' has {shown(text)}, expected texts that are not empty")
+        if text.strip() == row["chosen"].strip():
+            raise BadInput(f"'rejected' has {shown(text)}, which is 'chosen' as well: no margin can grow between them")
+
+
+def is_text(value: object) -> bool:
+    """A str that can be written as UTF-8: JSON can spell halves of characters, and no tokenizer has tokens for them."""
+    if not isinstance(value, str):
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def expected(row: dict, key: str, what: str) -> BadInput:
+    found = shown(row[key]) if key in row else "missing"
+    return BadInput(f"{key!r} is {found}, expected {what}")
+
+
+def shown(value: object) -> str:
+    return repr(value)[:60]

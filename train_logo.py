@@ -162,7 +162,7 @@ else:
     dist.barrier()
     lap("pairs")
 policy.cache_clear()
-pairs = load_pairs(pairs_path(cfg), cfg["n_rejected"])
+pairs = load_pairs(pairs_path(cfg), cfg, tokenizer)
 pairs_digest = sha256(pairs_path(cfg))
 if resumed and state["pairs"] != pairs_digest:
     raise BadInput(f"{pairs_path(cfg)}: not the pairs that {resumed} was trained on (their sha256 differs)")

@@ -12,8 +12,8 @@ from loss import logo_loss
 def preferences(subjects, options):
     """Rows {"model", "margin", "accuracy", "chosen", "rejected"} of mean log-probs on pairs, at their first draw's positions."""
     cfg, table, shown = load_config([options["config"]] if options["config"] else []), [], {}
-    pairs = load_pairs(options["pairs"], cfg["n_rejected"])[-options["last"] or None:]
     for subject in subjects:
+        pairs = load_pairs(options["pairs"], cfg, subject.tokenizer)[-options["last"] or None:]
         rows = []
         for pair in pairs:
             batch = collate([encode_group(pair, subject.tokenizer, cfg)])

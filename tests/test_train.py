@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import data
 from checkpoint import load_pretrained
+from configs import load_config
 from data import load_pairs
 from tokenizer import load_tokenizer
 
@@ -114,7 +115,7 @@ def test_the_first_loss_is_the_papers_formula_on_transformers_logits(run):
     settings.rope_parameters["rope_theta"] = cfg["rope_theta"]
     model = transformers.AutoModelForCausalLM.from_pretrained(ROOT / cfg["model"], config=settings, dtype=torch.float64)
     tokenizer, total = load_tokenizer(ROOT / cfg["model"]), 0.0
-    pairs = load_pairs(cfg["pairs"], 2)[-cfg["held_out"]:]
+    pairs = load_pairs(cfg["pairs"], cfg, tokenizer)[-cfg["held_out"]:]
     for pair in pairs:
         prompt = tokenizer.encode(f"\nQuestion: {pair['question']}\nAnswer:")
         prompt = [tokenizer.bos_id, *(int(t) for chunk in pair["chunks"] for t in chunk), *prompt]
@@ -345,7 +346,7 @@ def untied(run, folder, change=lambda weights: None):
 def test_a_group_that_is_not_finite_stops_the_run_by_name(run, tmp_path):
     """An embedding that is NaN, of a word that only some pairs hold: their ids, and no others, are in the line."""
     holders = {}
-    for row in load_pairs(run.pairs, 2)[:-4]:
+    for row in load_pairs(run.pairs, load_config([]), load_tokenizer(TINY))[:-4]:
         for token in {int(t) for chunk in row["chunks"] for t in chunk}:
             holders.setdefault(token, set()).add(row["id"])
     token, ids = min(holders.items(), key=lambda item: (len(item[1]) != 2, item[0]))
