@@ -1,4 +1,4 @@
-"""eval.py, longbench.py, sample.py: needles where they belong, and every number against transformers or by hand."""
+"""evals/, sample.py: needles where they belong, and every number against transformers or by hand."""
 import json
 import os
 import random
@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-import eval as evaluation
-import longbench
 from checkpoint import load_pretrained
-from configs import run_file
-from configs import BadInput
+from configs import BadInput, run_file
+from evals.__main__ import COMMON, main
+from evals.common import Subject, interval, texts
+from evals.needle import Copies, given, hide, needles, sentences_of, span_of
+from evals.perplexity import token_losses
 from generate import generate, top_keys
+from pairs.corpus import Corpus, Examples
 from tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -25,7 +27,7 @@ TAIL = "prompt_tail=\nQuestion: {question}\nAnswer:"
 
 @pytest.fixture(scope="module")
 def tiny():
-    return evaluation.Subject(TINY, {**evaluation.COMMON, "batch": 3})
+    return Subject(TINY, {**COMMON, "batch": 3})
 
 
 @pytest.fixture(scope="module")
@@ -48,11 +50,8 @@ def test_a_shared_beginning_changes_no_answer(tiny):
     other, _ = prompts_of(tiny, 2)[1]
     words = tiny.tokenizer.encode("\nQuestion: Who is Rosa?\nAnswer:")
     prompts, shared = [base, base[:90] + words, base, other, base[:90] + base[80:]], [90, 90, 90, 0, 400]
-    alone = [tiny.generate(model, [p], 12)[0] for p in prompts]
-    assert tiny.generate(model, prompts, 12, shared=shared) == alone == tiny.generate(model, prompts, 12)
-    tokens, _, segments, owners = tiny.model.lay_out(prompts, shared)
-    assert len(tokens) == len(base) + len(words) + len(other) + len(prompts[4])  # 90 of them once for three prompts
-    assert owners[0] == owners[2] and len(segments) == 3 + 1 + 1                 # what nobody shares stays whole
+    alone = [generate(tiny.model, [p], 12)[0] for p in prompts]
+    assert generate(tiny.model, prompts, 12, shared=shared) == alone == generate(tiny.model, prompts, 12)
 
 
 def test_greedy_answers_equal_transformers(tiny, theirs):
@@ -77,7 +76,7 @@ def test_answers_come_back_in_the_order_of_the_prompts(tiny):
 def test_heads_look_where_transformers_heads_look(tiny, theirs):
     prompts = [ids for ids, _ in prompts_of(tiny, 3)] + [prompts_of(tiny, 1, size=60)[0][0]]
     seen, stops = {}, tiny.tokenizer.chat("", "")[2]             # rows end at different steps
-    out = tiny.generate(model, prompts, 16, stop_ids=stops, look=lambda row, token, tops: seen.setdefault(row, []).append((token, tops)))
+    out = generate(tiny.model, prompts, 16, stop_ids=stops, look=lambda row, token, tops: seen.setdefault(row, []).append((token, tops)))
     for row, (prompt, new) in enumerate(zip(prompts, out)):
         attentions = theirs(torch.tensor([prompt + new]), output_attentions=True).attentions  # (1, H, T, T) of each layer
         assert [token for token, _ in seen[row]] == new
@@ -93,10 +92,10 @@ def test_only_seen_keys_are_looked_at():
 
 
 def test_retrieval_scores_count_what_was_copied_from_the_needle(tiny):
-    copies = evaluation.Copies(tiny)
+    copies = Copies(tiny)
     ids = tiny.tokenizer.encode(" Snow falls in Turin. Rosa paints in Naples. Fog drifts in Paris.")
     look = copies.watching([(ids, "Rosa paints in Naples.")])
-    start, end = evaluation.span_of(ids, "Rosa paints in Naples.", tiny.tokenizer)
+    start, end = span_of(ids, "Rosa paints in Naples.", tiny.tokenizer)
     assert tiny.tokenizer.decode(ids[start:end]).strip() == "Rosa paints in Naples."
     tops = torch.zeros(copies.shape, dtype=torch.long)
     tops[1, 2] = start + 1
@@ -107,27 +106,27 @@ def test_retrieval_scores_count_what_was_copied_from_the_needle(tiny):
     look(0, ids[start + 2], other)        # looked at "paints" or behind the needle, wrote "in": no copies
     scores = copies.scores()
     assert scores[1, 2] == 1 / (end - start) and scores.sum() == scores[1, 2]
-    assert evaluation.span_of(ids, "Ida", tiny.tokenizer) == (0, 0)
+    assert span_of(ids, "Ida", tiny.tokenizer) == (0, 0)
 
 
 # --------------------------------------------------------------------------------------------------------- needles
 
 def test_wilson_intervals():
-    assert evaluation.interval(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)  # Newcombe 1998's method, by hand
-    low, high = evaluation.interval(0, 20)
+    assert interval(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)  # Newcombe 1998's method, by hand
+    low, high = interval(0, 20)
     assert low == pytest.approx(0, abs=1e-12) and high == pytest.approx(0.1611, abs=1e-4)
 
 
 def test_the_score_is_the_share_of_the_answers_given():
-    assert evaluation.given("It is 12 and 34.", ["34", "12", "56", "1"]) == 0.5
+    assert given("It is 12 and 34.", ["34", "12", "56", "1"]) == 0.5
 
 
 @pytest.mark.parametrize("task", ["single", "multikey", "multivalue", "multiquery", "variables"])
 def test_needles_lie_where_the_depth_says(tiny, task):
-    hay = evaluation.sentences_of("")
+    hay = sentences_of("")
     for depth in (0, 25, 50, 75, 100):
-        facts, question, answers = evaluation.needles(task, random.Random(depth))
-        context = evaluation.hide(facts, hay, 3000, depth, load_tokenizer(TINY), random.Random(1))
+        facts, question, answers = needles(task, random.Random(depth))
+        context = hide(facts, hay, 3000, depth, load_tokenizer(TINY), random.Random(1))
         assert all(fact in context for fact in facts) and len(answers) == {"single": 1, "multikey": 1, "variables": 4}.get(task, 4)
         if task != "variables":
             assert abs(context.index(facts[0]) / (len(context) - len(facts[0])) - depth / 100) < 0.03
@@ -147,7 +146,7 @@ def test_the_tiny_worlds_needles():
 
 
 def test_needle_command(tmp_path, capsys):
-    evaluation.main(["needle", TINY, f"haystack={TINY}/world.py", "tasks=multikey", "lengths=[60,100]", "depths=[0,100]", "samples=3",
+    main(["needle", TINY, f"haystack={TINY}/world.py", "tasks=multikey", "lengths=[60,100]", "depths=[0,100]", "samples=3",
                      TAIL, "max_new_tokens=16", "retrieval=True", f"out={tmp_path}", f"compare={TINY}/", "window=80"])
     found = json.loads((tmp_path / "needle.json").read_text())
     assert len(found["table"]) == 8 and {r["length"] for r in found["table"]} == {60, 100}
@@ -161,7 +160,7 @@ def test_perplexity_equals_transformers_on_the_same_windows(tiny, theirs):
     text = run_file(f"{TINY}/world.py").world(random.Random(0), 330)[0]
     ids = tiny.tokenizer.encode(text)
     for length, stride in ((64, 16), (100, 99), (64, 64 - 1), (400, 50)):
-        ours, expected, done = evaluation.token_losses(tiny.model, ids, length, stride), [], 0
+        ours, expected, done = token_losses(tiny.model, ids, length, stride), [], 0
         for begin in range(0, len(ids) - 1, stride):
             window = torch.tensor([ids[begin:begin + length]])
             labels = window.clone()
@@ -176,83 +175,21 @@ def test_perplexity_equals_transformers_on_the_same_windows(tiny, theirs):
 
 
 def test_perplexity_command(tmp_path, capsys):
-    evaluation.main(["perplexity", TINY, f"text={TINY}/world.py", "lengths=[64,128]", "stride=32", "tokens=300", "documents=2", f"out={tmp_path}"])
+    main(["perplexity", TINY, f"text={TINY}/world.py", "lengths=[64,128]", "stride=32", "tokens=300", "documents=2", f"out={tmp_path}"])
     rows = json.loads((tmp_path / "perplexity.json").read_text())["table"]
     assert [row["length"] for row in rows] == [64, 128] and rows[0]["long"] is None and rows[0]["tokens"] == 2 * 299
     model, gained, total = load_pretrained(TINY), 0, 0.0         # LongPPL, by hand
-    for text in evaluation.texts(f"{TINY}/world.py")[:2]:
+    for text in texts(f"{TINY}/world.py")[:2]:
         ids = load_tokenizer(TINY).encode(text)[:300]
-        short, long = (evaluation.token_losses(model, ids, n, 32) for n in (64, 128))
+        short, long = (token_losses(model, ids, n, 32) for n in (64, 128))
         gained, total = gained + int((short > long + 0.05).sum()), total + float(long[short > long + 0.05].sum())
-    evaluation.main(["perplexity", TINY, f"text={TINY}/world.py", "lengths=[64,128]", "stride=32", "tokens=300", "documents=2", "gain=0.05", f"out={tmp_path}"])
+    main(["perplexity", TINY, f"text={TINY}/world.py", "lengths=[64,128]", "stride=32", "tokens=300", "documents=2", "gain=0.05", f"out={tmp_path}"])
     row = json.loads((tmp_path / "perplexity.json").read_text())["table"][1]
     assert gained >= 3 and row["key_tokens"] == gained and row["long"] == pytest.approx(np.exp(total / gained), rel=1e-4)
     with pytest.raises(BadInput, match="stride=128"):
-        evaluation.main(["perplexity", TINY, f"text={TINY}/world.py", "lengths=[64]", "stride=128"])
+        main(["perplexity", TINY, f"text={TINY}/world.py", "lengths=[64]", "stride=128"])
     with pytest.raises(BadInput, match="no text has more than 9000 tokens"):
-        evaluation.main(["perplexity", TINY, f"text={TINY}/world.py", "lengths=[9000]", f"out={tmp_path}"])
-
-
-# ------------------------------------------------------------------------------------------------------- longbench
-
-def test_scores_by_hand():
-    assert longbench.qa_f1("The Paris of 1889, an exhibition!", "the exhibition of Paris in 1889") == pytest.approx(8 / 9)  # P 1, R 4/5
-    assert longbench.qa_f1("", "Paris") == 0 and longbench.qa_f1("paris paris", "Paris") == pytest.approx(2 / 3)
-    assert longbench.count("There are 3, not 5.", "3") == 0.5 and longbench.count("none", "3") == 0
-    assert longbench.retrieval("Paragraph 12", "Paragraph 12") == 1 and longbench.retrieval("段落3", "段落12") == 0
-    classes = ["city", "big city", "country"]
-    assert longbench.classification("a big city", "big city", classes) == 1          # "city" is part of the right name
-    assert longbench.classification("city or country", "country", classes) == 0.5
-    assert longbench.classification("country, city, big city", "big city", ["country", "city", "big city"]) == 0.5
-    assert longbench.classification("nothing", "country", classes) == 0
-    assert longbench.score_dataset("trec", ["\ncity\ncountry"], [["city"]], classes) == 100  # the first line alone
-    assert longbench.score_dataset("hotpotqa", ["Paris", "Rome"], [["Lyon", "paris"], ["Oslo"]]) == 50
-
-
-def test_scores_of_optional_packages_by_hand():
-    pytest.importorskip("rouge"), pytest.importorskip("fuzzywuzzy"), pytest.importorskip("jieba")
-    assert longbench.rouge_l("the cat sat", "the cat") == pytest.approx(0.8, abs=1e-6)       # longest common: P 2/3, R 1
-    assert longbench.rouge_l("", "the cat") == 0 and longbench.rouge_l(".", "the cat") == 0
-    assert longbench.code("# a comment\nx = foo(1)\ny", "x = foo(1)") == 1 and longbench.code("`", "x") == 0
-    assert longbench.qa_f1_zh("北京大学。", "北京大学") == 1 and longbench.rouge_l_zh("我爱北京", "我爱北京") == pytest.approx(1, abs=1e-6)
-
-
-def test_scores_equal_the_official_scripts():
-    """LONGBENCH: the folder of the official metrics.py and eval.py; pip install jieba rouge fuzzywuzzy."""
-    folder = os.environ.get("LONGBENCH")
-    if not folder:
-        pytest.skip("LONGBENCH names no folder with the official scripts")
-    sys.path.insert(0, folder)
-    official = run_file(os.path.join(folder, "-m", "evals"))
-    rng, words = random.Random(0), "the a of Paris city big 3 12 Paragraph 段落3 北京 大学 是 x = foo(1) # no ` , .".split()
-    for name in longbench.METRICS:
-        predictions = ["".join(rng.choice(words) + rng.choice(["", " ", "\n"]) for _ in range(rng.randrange(9))) for _ in range(200)]
-        answers = [[" ".join(rng.choice(words) for _ in range(rng.randrange(1, 6))) for _ in range(rng.randrange(1, 3))] for _ in predictions]
-        if "retrieval" in name:
-            answers = [["段落3" if name.endswith("zh") else "Paragraph 12"] for _ in predictions]
-        classes = ["city", "big city", "Paris", "a big city", "the"] if name in ("trec", "lsht") else None
-        answers = [[rng.choice(classes)] for _ in predictions] if classes else answers
-        assert longbench.score_dataset(name, predictions, answers, classes) == official.scorer(name, predictions, answers, classes), name
-
-
-def test_longbench_command(tmp_path):
-    (tmp_path / "hotpotqa.jsonl").write_text("".join(json.dumps(
-        {"context": " Rosa paints in Naples. Snow falls in Turin." * n, "input": "Who is Rosa?", "answers": ["Rosa paints in Naples."],
-         "all_classes": None, "length": 8}) + "\n" for n in (1, 4)))
-    (tmp_path / "dataset2prompt.json").write_text(json.dumps({"hotpotqa": "{context}\nQuestion: {input}\nAnswer:"}))
-    (tmp_path / "dataset2maxlen.json").write_text(json.dumps({"hotpotqa": 8}))
-    evaluation.main(["longbench", TINY, f"data={tmp_path}", f"out={tmp_path / 'out'}", "max_length=40"])
-    row, = json.loads((tmp_path / "out" / "longbench.json").read_text())["table"]
-    assert row["n"] == 2 and row["score"] > 50
-    kept = [json.loads(line) for line in (tmp_path / "out" / "longbench" / "tiny" / "hotpotqa.jsonl").read_text().splitlines()]
-    assert longbench.score_dataset("hotpotqa", [r["pred"] for r in kept], [r["answers"] for r in kept]) == row["score"]
-
-
-def test_long_prompts_lose_their_middle(tiny):
-    ids = tiny.tokenizer.encode(" Rosa paints in Naples. Snow falls in Turin. Ida sings in Rome.")
-    cut = evaluation.middle_out(ids, tiny.tokenizer, 8)
-    assert cut == tiny.tokenizer.decode(ids[:4]) + tiny.tokenizer.decode(ids[-4:])
-    assert evaluation.middle_out(ids, tiny.tokenizer, len(ids)) == tiny.tokenizer.decode(ids)
+        main(["perplexity", TINY, f"text={TINY}/world.py", "lengths=[9000]", f"out={tmp_path}"])
 
 
 # -------------------------------------------------------------------------------------------- qa, preferences, sample
@@ -265,12 +202,12 @@ def test_qa_command(tmp_path):
         question, answer = world.ask(random.Random(i), facts, 1)
         rows.append({"question": question, "answers": [answer], "text": answer + f" Snow falls in {world.CITIES[i]}."})
     (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    evaluation.main(["qa", TINY, f"examples={tmp_path / 'q.jsonl'}", "passages=[1,4]", "questions=12", TAIL, f"out={tmp_path}"])
+    main(["qa", TINY, f"examples={tmp_path / 'q.jsonl'}", "passages=[1,4]", "questions=12", TAIL, f"out={tmp_path}"])
     table = json.loads((tmp_path / "qa.json").read_text())["table"]
     assert [r["passages"] for r in table] == [1, 4] and table[0]["right"] >= 0.4 and table[0]["f1"] > 0.6
-    corpus = evaluation.Corpus(str(tmp_path / "q.jsonl"), {"strict": True, "max_chars": 0, "questions": 1})
+    corpus = Corpus(str(tmp_path / "q.jsonl"), {"strict": True, "questions": 1})
     order = np.random.default_rng(0).permutation(12)
-    found = evaluation.Examples(corpus, order, 4, 0)
+    found = Examples(corpus, order, 4, 0)
     places = [found[i]["context"].index(corpus[order[i]]["passage"]) for i in range(12)]
     assert [asked for _, asked in table[1]["by_place"]] == [sum(p < 2 for p in places), places.count(2), places.count(3)]
 
@@ -286,9 +223,9 @@ def test_preferences_equal_the_training_runs_metrics(tmp_path):
     assert not (out / "eval" / "step_000001" / "step_000001").exists()  # the merged model was only for that
     before = json.loads((out / "result.json").read_text())["before"]["held_out"]
     (tmp_path / "c.py").write_text((ROOT / "configs" / "tiny.py").read_text())
-    evaluation.main(["preferences", TINY, f"pairs={out / 'pairs.jsonl'}", f"config={tmp_path / 'c.py'}", "last=8", f"out={tmp_path}"])
+    main(["preferences", TINY, f"pairs={out / 'pairs.jsonl'}", f"config={tmp_path / 'c.py'}", "last=8", f"out={tmp_path}"])
     row, = json.loads((tmp_path / "preferences.json").read_text())["table"]
-    for key in ("margin", "accuracy", "chosen", "rejected"):
+    for key in ("rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected"):
         assert row[key] == pytest.approx(before[key], abs=1e-4), key
 
 
@@ -302,7 +239,7 @@ def test_sample_answers_and_says_where_it_looked(tmp_path):
 @pytest.mark.parametrize("args, message", [
     (["-m", "evals"], "expected: python -m evals"), (["-m", "evals", "needle", TINY, "task=single"], "did you mean 'tasks'?"),
     (["-m", "evals", "needle", TINY, "tasks=many"], "expected some of single"), (["-m", "evals", "qa", TINY], "examples is empty"),
-    (["-m", "evals", "needle", "none"], "none"), (["-m", "evals", "longbench", TINY, f"data={ROOT / 'configs'}"], "no file in it ends with"),
+    (["-m", "evals", "needle", "none"], "none"),
     (["sample.py", TINY], "expected: python sample.py"), (["sample.py", TINY, "Who?", "context=none.txt"], "no such file")])
 def test_bad_input_ends_with_one_line(args, message):
     done = subprocess.run([sys.executable, *args], cwd=ROOT, capture_output=True, text=True)
