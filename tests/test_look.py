@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pairs import look
-from data import load_tokenizer
 from configs import BadInput
+from pairs import look
+from tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
 TINY = str(ROOT / "models" / "tiny")
@@ -57,7 +57,7 @@ def row(i, **change):
             "chunks": [tokenizer.encode(" Rosa paints in Naples."), tokenizer.encode(" Snow falls in Turin.")],
             "chosen": " Rosa paints in Naples.", "rejected": [" Rosa sails in Turin.", " Ida sings in Berlin."],
             "audit": {"chosen_right": True, "chosen_saw_evidence": True, "rejected_right": [False, None], "rejected_saw_evidence": [False, True],
-                      "pattern": ["irrelevant", "mix"], "error": ["hallucination", "unfollowing"], "length_ratio": 1.0, "overlap": [0.3, 0.1]}, **change}
+                      "evidence": ["irrelevant", "near misses"], "error": ["hallucination", "unfollowing"], "length_ratio": 1.0, "overlap": [0.3, 0.1]}, **change}
 
 
 def write(path):
@@ -69,9 +69,10 @@ def write(path):
 def test_stats_counts_what_is_there(tmp_path, capsys):
     look.stats([str(write(tmp_path / "p.jsonl"))])
     out = capsys.readouterr().out
-    for line in ("2 pairs of 4 examples", "2 dropped: chosen wrong", "rejected, from mix chunks: 2", "continuous"):
+    for line in ("2 pairs of 4 examples", "2 dropped: chosen wrong", "rejected, from near misses chunks: 2", "continuous"):
         assert line in out, line
-    assert [line.split()[-3:] for line in out.splitlines() if "  its prompt held the evidence" in line] == [["100.0%", "of", "2"], ["0.0%", "of", "2"], ["100.0%", "of", "2"]]
+    assert [line.split()[-3:] for line in out.splitlines() if "  its prompt held the evidence" in line] == [
+        ["100.0%", "of", "2"], ["0.0%", "of", "2"], ["evidence", "not", "known"], ["100.0%", "of", "2"]]
     assert ("p.positions.png" in out) == (tmp_path / "p.positions.png").exists() == ("no picture: pip install matplotlib" not in out)
 
 
@@ -79,7 +80,7 @@ def test_show_prints_a_pair_and_what_it_invents(tmp_path, capsys):
     look.show([str(write(tmp_path / "p.jsonl")), "2"])
     out = capsys.readouterr().out
     assert "chunk 0" in out and "Rosa paints in Naples" in out and "(not in the prompt: Berlin)" not in out.split("rejected")[1]
-    assert "[mix chunks: unfollowing]" in out and "sings" in out.split("rejected")[2]
+    assert "[near misses chunks: unfollowing]" in out and "sings" in out.split("rejected")[2]
     with pytest.raises(BadInput, match="no pair has the id 1; the first ids are \\[0, 2\\]"):
         look.show([str(tmp_path / "p.jsonl"), "1"])
 

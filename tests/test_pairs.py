@@ -1,4 +1,4 @@
-"""pairs.py: builds that survive kills and servers that fail, the same file whatever the workers, and what an audit says."""
+"""pairs/: builds that survive kills and servers that fail, the same file whatever the workers, and what an audit says."""
 import json
 import os
 import random
@@ -15,11 +15,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pairs import answers, build, policy
 from checkpoint import load_pretrained
-from configs import load_config, run_file
-from data import encode_group, load_pairs
-from configs import BadInput
+from configs import BadInput, load_config, run_file
+from data import encode_group, load_pairs, words_evaluator
+from pairs import policy
+from pairs.answers import audit, fault_of_chosen, gives, is_right, keep_rejected, normalize
+from pairs.build import build_pairs, draft, question_in
+from pairs.policy import by_length
 from tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -37,7 +39,7 @@ def tokenizer():
 
 def build(path, *args, examples=24):
     cfg = config(f"pairs={path}", f"n_examples={examples}", "build_batch=5", "temperature=0.7", *args)
-    pairs.build_pairs(cfg, lambda: load_pretrained(TINY), load_tokenizer(TINY))
+    build_pairs(cfg, lambda: load_pretrained(TINY), load_tokenizer(TINY))
     return Path(path).read_bytes()
 
 
@@ -59,9 +61,9 @@ def test_a_build_cut_at_any_byte_goes_on_to_the_same_file(tmp_path, capsys):
     with pytest.raises(BadInput, match="was built with delta=1, now it is 3"):
         build(tmp_path / "whole.jsonl", "delta=3")
     for pair in load_pairs(tmp_path / "whole.jsonl", config(), load_tokenizer(TINY)):
-        answers = [pairs.normalize(a) for a in (pair["chosen"], *pair["rejected"])]
-        assert len(set(answers)) == 3 and all(answers)
-        assert pairs.is_right(pair["chosen"], pair["answers"]) and not any(pairs.is_right(a, pair["answers"]) for a in pair["rejected"])
+        texts = [normalize(a) for a in (pair["chosen"], *pair["rejected"])]
+        assert len(set(texts)) == 3 and all(texts)
+        assert is_right(pair["chosen"], pair["answers"]) and not any(is_right(a, pair["answers"]) for a in pair["rejected"])
 
 
 def test_the_file_does_not_depend_on_the_workers(tmp_path):
@@ -95,13 +97,13 @@ def test_killed_at_random_moments_a_build_ends_with_the_same_file(tmp_path):
     assert path.read_bytes() == whole.read_bytes()
 
 
-def test_more_rejected_answers_than_patterns_are_sampled_hotter(tmp_path):
-    found = [row for row in rows(build(tmp_path / "p.jsonl", "n_rejected=5", "candidates=8", "temperature_step=0.5")) if "chosen" in row]
+def test_more_rejected_answers_than_kinds_of_prompts_differ(tmp_path):
+    found = [row for row in rows(build(tmp_path / "p.jsonl", "n_rejected=5", "candidates=8")) if "chosen" in row]
     assert len(found) >= 3
     for row in found:
-        answers = [pairs.normalize(a) for a in (row["chosen"], *row["rejected"])]
+        answers = [normalize(a) for a in (row["chosen"], *row["rejected"])]
         assert len(set(answers)) == 6
-        assert set(row["audit"]["pattern"]) == {"irrelevant", "mix"}
+        assert "irrelevant" in row["audit"]["evidence"] and len(set(row["audit"]["evidence"])) == 2
 
 
 def test_blocks_draw_different_answers(tmp_path):
@@ -145,7 +147,7 @@ def test_ready_pairs_go_through_to_the_loss(tmp_path, tokenizer):
     ([" b", None], "rejected unfinished"), ([" b", " Turin"], "rejected right"), ([" b", "", " c"], None)])
 def test_degenerate_rejected_answers_are_refused(rejected, reason):
     row = {"chosen": " a", "answers": ["Turin"]}
-    kept, fault = pairs.keep_rejected(row, rejected, [False] * 3, config())
+    kept, fault = keep_rejected(row, rejected, config())
     assert fault == reason and (fault or kept == [0, 2])
 
 
@@ -153,38 +155,29 @@ def test_degenerate_rejected_answers_are_refused(rejected, reason):
     ("Naples", ["Naples"], None), ("Rome", ["Naples"], "chosen wrong"), ("Rome", [], None), (None, [], "chosen unfinished"),
     (" ", [], "chosen empty"), ("who is rosa", [], "chosen repeats the question")])
 def test_degenerate_chosen_answers_are_refused(text, answers, fault):
-    assert pairs.fault_of_chosen(text, {"question": "Who is Rosa?", "answers": answers}, config()) == fault
-
-
-def test_filters_of_rejected_answers():
-    row = {"chosen": " Rosa paints in Naples", "answers": ["Naples"]}
-    rejected = [" Rosa paints in Turin", " She sings", " Nobody knows"]
-    assert pairs.keep_rejected(row, rejected, [True, False, False], config())[0] == [0, 1]
-    assert pairs.keep_rejected(row, rejected, [True, False, False], config("require_clean_rejected=True"))[0] == [1, 2]
-    assert pairs.keep_rejected(row, rejected, [False] * 3, config("max_overlap=0.5"))[0] == [1, 2]  # 3 of 5 words in common
-    assert pairs.keep_rejected(row, rejected[:2], [True, True], config("require_clean_rejected=True"))[1] == "rejected saw the evidence"
+    assert fault_of_chosen(text, {"question": "Who is Rosa?", "answers": answers}, config()) == fault
 
 
 def test_right_folds_case_articles_and_punctuation():
-    assert pairs.is_right("It was the Gospel-of Luke!", ["gospel of luke"])
-    assert not pairs.is_right("Turing", ["Turin"]) and not pairs.is_right("", ["Turin"])
+    assert is_right("It was the Gospel-of Luke!", ["gospel of luke"])
+    assert not is_right("Turing", ["Turin"]) and not is_right("", ["Turin"])
 
 
 def test_a_long_reference_answer_need_not_be_repeated_word_by_word():
     reference = "The treaty was signed at Versailles in June 1919 after months of negotiation between thirty-two countries, without Germany."
     said = "In 1919, after long negotiation among the countries, Germany received the treaty that was signed at Versailles."
-    assert not pairs.is_right(said, [reference]) and pairs.gives(said, [reference], 0.5) and not pairs.gives(said, [reference], 0.9)
-    assert not pairs.gives("Naples", ["Naples or Turin"], 0.1)   # short answers are compared as they are
+    assert not is_right(said, [reference]) and gives(said, [reference], 0.5) and not gives(said, [reference], 0.9)
+    assert not gives("Naples", ["Naples or Turin"], 0.1)   # short answers are compared as they are
 
 
 def test_the_audit_of_a_pair():
     row = {"question": "When did Rosa paint Naples?", "answers": ["1923"], "chosen": "Rosa painted it in 1923.",
            "rejected": ["Rosa painted it in 1931.", "I cannot say.", "In 1923."]}
-    found = pairs.audit(config(), pairs.words_evaluator, row, [True, True, False, False], [0, 1, 3])
+    found = audit(config(), words_evaluator, row, [True, True, False, False], ["irrelevant", "near misses", "irrelevant"])
     assert found == {"chosen_right": True, "chosen_saw_evidence": True, "rejected_right": [False, False, True], "rejected_saw_evidence": [True, False, False],
-                     "pattern": ["irrelevant", "mix", "mix"], "error": ["hallucination", "unfollowing", "right"],
+                     "evidence": ["irrelevant", "near misses", "irrelevant"], "error": ["hallucination", "unfollowing", "right"],
                      "length_ratio": 1.5, "overlap": [0.667, 0.0, 0.4]}
-    none = pairs.audit(config(), pairs.words_evaluator, {**row, "answers": []}, [None] * 4, [0, 1, 2])
+    none = audit(config(), words_evaluator, {**row, "answers": []}, [None] * 4, ["irrelevant"] * 3)
     assert none["chosen_right"] is None and none["rejected_right"] == [None] * 3
 
 
@@ -192,7 +185,7 @@ def test_evidence_in_a_rejected_prompt_is_seen():
     """Two passages tell the answer; only one is critical, so the other may reach the rejected prompts."""
     texts = [" Rosa paints in Naples.", " Snow falls in Turin.", " Ida sings in Rome.", " The old bridge leans."] + [" Fog drifts in Paris."] * 3
     cfg, tok = config("max_critical=1", "delta=9", "candidates=8"), load_tokenizer(TINY)
-    new = pairs.draft(cfg, tok, pairs.words_evaluator, 0, {"context": texts + [" Snow falls in Naples."], "question": "Who is Rosa?", "answers": ["Naples"]})
+    new = draft(cfg, tok, words_evaluator, 0, {"context": texts + [" Snow falls in Naples."], "question": "Who is Rosa?", "answers": ["Naples"]})
     assert new.selection.chosen == [0]
     assert new.saw[0]
     for picked, saw in zip(new.selection.rejected, new.saw[1:]):
@@ -202,15 +195,15 @@ def test_evidence_in_a_rejected_prompt_is_seen():
 
 def test_prompts_of_similar_length_are_answered_together():
     lengths = [5000, 10, 1034, 1035, 4500, 20]
-    assert pairs.by_length(lengths) == [[1, 2, 5], [3], [0, 4]]
-    assert pairs.by_length([]) == []
+    assert by_length(lengths) == [[1, 2, 5], [3], [0, 4]]
+    assert by_length([]) == []
 
 
 @pytest.mark.parametrize("text, question", [
     ("Who is Rosa?", "Who is Rosa?"), ('Here is a question:\n"Who is Rosa, the painter?"', "Who is Rosa, the painter?"),
     ("Question: Where does Ida sing? Answer: Turin.", "Where does Ida sing?"), ("The text is about Rosa.", None), ("?", None), (None, None)])
 def test_the_question_in_what_a_model_writes(text, question):
-    assert pairs.question_in(text) == question
+    assert question_in(text) == question
 
 
 # ------------------------------------------------------------------------------------------------------- servers
@@ -264,7 +257,7 @@ def reader(body):
 
 @pytest.fixture
 def server(monkeypatch):
-    monkeypatch.setattr(pairs, "PAUSE", 0.01)
+    monkeypatch.setattr(policy, "PAUSE", 0.01)
     served = ThreadingHTTPServer(("127.0.0.1", 0), Server)
     served.requests, served.lock, served.working, served.most, served.delay = [], threading.Lock(), 0, 0, 0.0
     served.fault, served.choice = lambda number, body: None, reader
@@ -279,7 +272,7 @@ def remote(path, server, *args, examples=24):
     def never():
         raise AssertionError("the model here is not needed")
     cfg = config(f"pairs={path}", f"n_examples={examples}", "build_batch=5", f"endpoint={server.url}", "endpoint_requests=4", *args)
-    return pairs.build_pairs(cfg, never, load_tokenizer(TINY)), rows(Path(path).read_bytes())
+    return build_pairs(cfg, never, load_tokenizer(TINY)), rows(Path(path).read_bytes())
 
 
 def test_a_server_writes_the_answers_several_at_a_time(tmp_path, server):
@@ -304,11 +297,11 @@ def test_completions_get_our_token_ids(tmp_path, server, tokenizer):
 
 def test_faults_cost_no_pair(tmp_path, server):
     """Slow answers, 500s, dropped connections, garbage: the same file as from a server without them."""
-    _, undisturbed = remote(tmp_path / "good.jsonl", server, "endpoint_retries=8")
+    _, undisturbed = remote(tmp_path / "good.jsonl", server)
     kinds = [None, (500, "oops"), None, "drop", None, (200, "<html>"), None, (200, '{"choices": []}'), None, (429, ""), None, (200, "")]
     server.requests.clear()
     server.fault = lambda number, body: kinds[number % 12]
-    failed, found = remote(tmp_path / "bad.jsonl", server, "endpoint_retries=20")
+    failed, found = remote(tmp_path / "bad.jsonl", server)
     assert failed == 0 and found == undisturbed
 
 
@@ -414,7 +407,7 @@ def real(smollm2_folder):
 
 def test_a_real_server_with_faults_in_between(tmp_path, real, smollm2_folder, monkeypatch):
     """The same pairs, whether SmolLM2's answers come straight from the server or through faults."""
-    monkeypatch.setattr(pairs, "PAUSE", 0.01)
+    monkeypatch.setattr(policy, "PAUSE", 0.01)
     source = lines(tmp_path / "people.jsonl", [
         {"question": f"in which city does {name} live", "answers": [city], "title": name,
          "text": f"{name} is a painter, born in 19{i}4, who has lived in {city} for many years."} for i, (name, city) in enumerate(PEOPLE)])
@@ -425,8 +418,8 @@ def test_a_real_server_with_faults_in_between(tmp_path, real, smollm2_folder, mo
     for name, url in (("straight", real), ("faulty", f"http://127.0.0.1:{proxy.server_port}/v1")):
         cfg = load_config([str(ROOT / "configs" / "smollm2.py"), f"model={smollm2_folder}", f"examples={source}", "n_examples=0",
                            "context_size=4", "n_rejected=1", "max_new_tokens=40", "require_wrong_rejected=False", f"endpoint={url}",
-                           f"endpoint_model={smollm2_folder}", "endpoint_requests=2", "endpoint_retries=20", f"pairs={tmp_path / name}.jsonl"])
-        assert pairs.build_pairs(cfg, None, load_tokenizer(str(smollm2_folder))) == 0
+                           f"endpoint_model={smollm2_folder}", "endpoint_requests=2", f"pairs={tmp_path / name}.jsonl"])
+        assert build_pairs(cfg, None, load_tokenizer(str(smollm2_folder))) == 0
         found[name] = rows((tmp_path / f"{name}.jsonl").read_bytes())
     proxy.shutdown()
     assert len(found["straight"]) == 8 and sum("chosen" in row for row in found["straight"]) >= 4
