@@ -1,6 +1,7 @@
-"""Settings: configs/default.py < the named file < key=value on the command line. Nothing else configures.
+"""Settings: configs/default.py < the named file < key=value on the command line. Nothing else.
 
-Also what everything stands on: BadInput, the one line that a user sees, and reading files that a user gave.
+Also what everything stands on: BadInput, the one line that a user sees, and reading files that a
+user gave.
 """
 import ast
 import difflib
@@ -23,16 +24,33 @@ CHOICES = {
     "chosen_from": ("generated", "reference"),
     "endpoint_api": ("chat", "completions"),
 }
-AT_LEAST_ONE = ("n_chunks", "chunk_size", "n_rejected", "draws", "batch_size", "micro_batch", "build_batch",
-                "fresh_batch", "keep", "questions", "endpoint_requests", "max_new_tokens", "steps")
+AT_LEAST_ONE = ("n_chunks", "chunk_size", "context_size", "n_rejected", "draws", "batch_size",
+                "micro_batch", "build_batch", "fresh_batch", "keep", "questions",
+                "endpoint_requests", "max_new_tokens", "steps", "log_interval", "window")
+AT_MOST = {
+    "warmup": 1,
+    "sparse_share": 1,
+    "correct_share": 1,
+    # Rotary angles are float32, which holds integers up to here.
+    "window": 2 ** 24,
+    # Streams are seeded with up to seed * 1,000,003 + id, and PyTorch takes 64 bits.
+    "seed": 2 ** 32 - 1,
+    # Beyond these it is a slip of the hand, which would end in a lack of memory hours later.
+    "lora_r": 4096,
+    "draws": 2 ** 16,
+    "batch_size": 2 ** 20,
+    "threads": 1024,
+    "workers": 1024,
+    "endpoint_requests": 1024,
+}
 
 
 class BadInput(ValueError):
-    """Something the user gave is wrong. The message is one line: where, what was found, what was expected."""
+    """Something the user gave is wrong. Its message is one line: where, what was found, expected."""
 
 
 def exit_on_bad_input(kind, error, trace) -> None:
-    """sys.excepthook: bad input ends with one line and exit code 1, anything else with its traceback."""
+    """sys.excepthook: bad input ends with one line and exit code 1, all else with its traceback."""
     if not issubclass(kind, BadInput):
         sys.__excepthook__(kind, error, trace)
         return
@@ -42,7 +60,7 @@ def exit_on_bad_input(kind, error, trace) -> None:
     print(f"error: {error}", file=sys.stderr)
 
 
-# ------------------------------------------------------------------------------------------------------- files
+# ------------------------------------------------------------------------------------------- files
 
 def read_json(path: str) -> dict:
     """The JSON object in a file."""
@@ -74,24 +92,28 @@ def run_file(path: str) -> ModuleType:
         raise BadInput(f"{path}: no such file")
     spec = importlib.util.spec_from_file_location("file", path)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except BadInput:
+        raise
+    except Exception as e:  # the file is the user's: whatever it raises is said in one line
+        raise BadInput(f"{path}: {type(e).__name__}: {e}") from e
     return module
 
 
-# ---------------------------------------------------------------------------------------------------- settings
+# ---------------------------------------------------------------------------------------- settings
 
 def default_groups() -> dict[str, dict]:
-    """{"paths", "build", "train", "run"}: the keys of configs/default.py with their defaults, by group."""
+    """{"paths", "build", "train", "run"}: the keys of configs/default.py with their defaults."""
     module = run_file(os.path.join(HERE, "default.py"))
     return {name: getattr(module, name) for name in ("paths", "build", "train", "run")}
 
 
 def load_config(argv: list[str], fallback: str = "configs/tiny.py") -> dict:
-    """The settings of a command line [FILE.py] key=value ...: every key, and "name", the file's without .py."""
+    """The settings of a command line [FILE.py] key=value ...: every key, and "name", the file's."""
+    path, words = os.path.join(os.path.dirname(HERE), fallback), argv
     if argv and "=" not in argv[0]:
         path, words = argv[0], argv[1:]
-    else:
-        path, words = os.path.join(os.path.dirname(HERE), fallback), argv
     config = {}
     for group in default_groups().values():
         config.update(group)
@@ -101,7 +123,15 @@ def load_config(argv: list[str], fallback: str = "configs/tiny.py") -> dict:
     for key, value in differences.items():
         config[key] = checked(config, key, value, path)
     config = with_arguments(config, words)
-    return {**config, "name": os.path.splitext(os.path.basename(path))[0]}
+    if not config["lora_r"]:
+        # lora_r=0 on the command line is all that it takes to train everything: what a file says
+        # to train beside LoRA is then no contradiction, it is just included.
+        if any(word.startswith("train_also=") for word in words) and config["train_also"]:
+            raise BadInput(f"command line: train_also={config['train_also']!r} needs lora_r: "
+                           "at lora_r=0 every parameter trains")
+        config["train_also"] = ""
+    config["name"] = os.path.splitext(os.path.basename(path))[0]
+    return config
 
 
 def with_arguments(config: dict, words: list[str]) -> dict:
@@ -111,12 +141,13 @@ def with_arguments(config: dict, words: list[str]) -> dict:
         key, equals, text = word.partition("=")
         if not equals:
             raise BadInput(f"command line: expected key=value, found {word!r}")
-        config[key] = checked(config, key, parse(text, config.get(key)), "command line")
+        value = parse(text, config.get(key))
+        config[key] = checked(config, key, value, "command line")
     return config
 
 
 def parse(text: str, default: Any) -> Any:
-    """A command-line word as a value. Where the default is text it stays text, whatever it looks like."""
+    """A command-line word as a value. Where the default is text it stays text, as it looks."""
     if isinstance(default, str):
         return text
     try:
@@ -126,16 +157,21 @@ def parse(text: str, default: Any) -> Any:
 
 
 def checked(config: dict, key: str, value: Any, where: str) -> Any:
-    """The value of a key, in the type of its default. BadInput for an unknown key or another type."""
+    """The value of a key, in its default's type. BadInput for an unknown key or another type."""
     if key not in config:
         near = difflib.get_close_matches(str(key), [str(known) for known in config], 1)
         hint = f", did you mean {near[0]!r}?" if near else ""
         raise BadInput(f"{where}: unknown key {key!r}{hint}")
-    expected = type(config[key])
+    default = config[key]
+    expected = type(default)
     if expected is float and type(value) is int:
-        value = float(value)
+        try:
+            value = float(value)
+        except OverflowError:
+            value = float("inf")  # refused below
     if type(value) is not expected:
-        raise BadInput(f"{where}: {key} is {value!r}, expected {expected.__name__} like {config[key]!r}")
+        raise BadInput(f"{where}: {key} is {value!r}, "
+                       f"expected {expected.__name__} like {default!r}")
     if expected in (int, float) and not 0 <= value < float("inf") and key != "delta":
         raise BadInput(f"{where}: {key} is {value!r}, expected a number that is not negative")
     return value
@@ -153,12 +189,45 @@ def check_settings(cfg: dict) -> None:
     for key in AT_LEAST_ONE:
         if cfg[key] < 1:
             refuse(key, cfg[key], "at least 1")
+    for key, limit in AT_MOST.items():
+        if cfg[key] > limit:
+            refuse(key, cfg[key], f"at most {limit}")
+    for key in ("beta1", "beta2"):
+        if cfg[key] >= 1:
+            refuse(key, cfg[key], "less than 1")
     if not 0 < cfg["top_p"] <= 1:
         refuse("top_p", cfg["top_p"], "more than 0 and at most 1")
     if 0 < cfg["candidates"] < cfg["n_rejected"]:
         refuse("candidates", cfg["candidates"], f"0 or at least n_rejected={cfg['n_rejected']}")
     if "{question}" not in cfg["prompt_tail"]:
         refuse("prompt_tail", cfg["prompt_tail"], "a text with {question} in it")
+    if not all(type(size) is int and size > 0 for size in cfg["fresh_sizes"]):
+        refuse("fresh_sizes", cfg["fresh_sizes"], "a list of context sizes, as [104, 232]")
+    if not all(isinstance(text, str) and text.strip() for text in cfg["evals"]):
+        refuse("evals", cfg["evals"], 'a list of commands, as ["needle lengths=[512,1024]"]')
+
+
+def check_training(cfg: dict, processes: int) -> None:
+    """What a training run needs beside check_settings, still before any work. BadInput names it."""
+    for key in ("model", "adapter"):
+        if not os.path.isdir(cfg[key]) and (cfg[key] or key == "model"):
+            refuse(key, cfg[key], "a folder")
+    if not cfg["examples"]:
+        refuse("examples", cfg["examples"], "a corpus: a file or a folder")
+    if os.path.isdir(pairs_path(cfg)):
+        refuse("pairs", cfg["pairs"], "a file")
+    if 0 < cfg["n_examples"] <= cfg["held_out"]:
+        refuse("held_out", cfg["held_out"], f"less than n_examples={cfg['n_examples']}")
+    if cfg["held_out"] % processes:
+        refuse("held_out", cfg["held_out"], f"a multiple of {processes} processes")
+    if cfg["batch_size"] % (processes * cfg["micro_batch"]):
+        refuse("batch_size", cfg["batch_size"],
+               f"a multiple of {processes} processes x micro_batch={cfg['micro_batch']}")
+    if processes % (cfg["shard_size"] or processes):
+        refuse("shard_size", cfg["shard_size"], f"a divisor of {processes} processes, or 0")
+    if cfg["offload_activations"] and not cfg["checkpointing"]:
+        # Only the blocks' inputs, which checkpointing keeps, go to the host.
+        refuse("offload_activations", True, "False where checkpointing=False")
 
 
 def run_folder(cfg: dict) -> str:

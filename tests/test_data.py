@@ -217,35 +217,3 @@ def test_a_setting_with_a_choice_is_checked_before_any_work(tokenizer, arg):
     key, _, value = arg.partition("=")
     with pytest.raises(BadInput, match=f"{key} is '?{re.escape(value)}'?, expected"):
         check_settings(config(arg))
-
-
-# ----------------------------------------------------------------------------------------------------- configs
-
-@pytest.mark.parametrize("args, message", [
-    (["gama=2"], "unknown key 'gama', did you mean 'gamma'?"), (["steps=many"], "steps is 'many', expected int like"),
-    (["steps=1.5"], "steps is 1.5, expected int"), (["lr=-1"], "lr is -1"), (["steps"], "expected key=value, found 'steps'")])
-def test_a_bad_key_or_value_is_refused(args, message):
-    with pytest.raises(BadInput, match=re.escape(message)):
-        config(*args)
-
-
-def test_the_command_line_wins_and_takes_the_default_type():
-    cfg = config("lr=1", "fresh_sizes=[5]", "checkpointing=True")
-    assert cfg["lr"] == 1.0 and type(cfg["lr"]) is float and cfg["fresh_sizes"] == [5] and cfg["checkpointing"] is True
-    assert load_config([])["name"] == "tiny"
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda p: p.stem)
-def test_every_config_loads(path):
-    if path.stem not in ("__init__", "default"):
-        cfg = load_config([str(path)])
-        assert cfg["name"] == path.stem and cfg["n_chunks"] * cfg["chunk_size"] + cfg["max_new_tokens"] < cfg["window"]
-
-
-def test_every_key_is_read_somewhere_and_explained_once():
-    folders = [ROOT, ROOT / "pairs", ROOT / "evals", ROOT / "bench", ROOT / "configs"]
-    source = "".join(path.read_text() for folder in folders for path in folder.glob("*.py"))
-    lines = (ROOT / "configs" / "default.py").read_text().splitlines()
-    for key in load_config([]).keys() - {"name"}:
-        assert f'cfg["{key}"]' in source, f"{key} is never read"
-        assert sum(bool(re.match(rf"    {key}=.*#", line)) for line in lines) == 1, f"{key} has no comment of its own"
