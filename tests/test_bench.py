@@ -1,4 +1,4 @@
-"""What bench.py compares computes the same, and its counters count: against hand arithmetic and PyTorch's own formulas."""
+"""What bench/ compares computes the same, and its counters count: against hand arithmetic and PyTorch's formulas."""
 import subprocess
 import sys
 from pathlib import Path
@@ -8,9 +8,10 @@ import torch
 from test_model import hf_model
 from torch.utils.flop_counter import sdpa_backward_flop_count, sdpa_flop_count
 
-from bench import __main__ as bench
-from configs import BadInput
-from model import step_flops
+from bench import common, generate, limit, plan, step
+from bench.plan import Shape
+from configs import BadInput, load_config
+from model import Segment, step_flops
 
 ROOT = Path(__file__).parent.parent
 
@@ -26,7 +27,7 @@ def folder(tmp_path_factory):
 
 
 def settings(folder, **changes):
-    return {**bench.OPTIONS["step"], "model": folder, "prompt": 40, "answer": 6, "M": 2, "way": "ours", **changes}
+    return {**step.OPTIONS, "model": folder, "prompt": 40, "answer": 6, "M": 2, "way": "ours", **changes}
 
 
 @pytest.mark.parametrize("lora_r", [0, 4])
@@ -37,7 +38,7 @@ def test_every_way_computes_the_same_loss(folder, tmp_path, monkeypatch, way, M,
     monkeypatch.chdir(tmp_path)
     s = settings(folder, M=M, lora_r=lora_r, checkpointing=checkpointing)
     found = []
-    for build in (bench.ours, bench.WAYS[way]):
+    for build in (step.ours, step.WAYS[way]):
         model, optimizer, loss = build(s, "cpu")
         value = loss()
         value.backward()
@@ -53,32 +54,32 @@ def test_every_way_computes_the_same_loss(folder, tmp_path, monkeypatch, way, M,
 
 
 def test_peak_bytes_counts_what_is_held_at_once():
-    def step():
+    def work():
         a = torch.empty(1 << 20)
         del a
         b = torch.empty(1 << 19)
         c = torch.empty(3 << 18)
         del b, c
-    assert bench.peak_bytes(step, "cpu") == 4 * ((1 << 19) + (3 << 18))
+    assert common.peak_bytes(work, "cpu") == 4 * ((1 << 19) + (3 << 18))
 
 
 @pytest.mark.parametrize("change", [{}, {"M": 8}, {"checkpointing": True}, {"lora_r": 4},
                                     {"lora_r": 4, "checkpointing": True}])
 def test_the_memory_model_is_within_15_percent_of_what_is_measured(folder, change):
-    found = bench.measure_step(settings(folder, prompt=400, answer=20, **change))
+    found = step.measure(settings(folder, prompt=400, answer=20, **change))
     assert found["state"] + found["peak"] == pytest.approx(found["expected"], rel=0.15)
 
 
 def test_attention_is_counted_as_pytorch_counts_it():
     q, k = (1, 4, 16, 8), (1, 4, 24, 8)
-    assert bench.attention_flops(q, k, k) == sdpa_flop_count(q, k, k)
-    assert bench.attention_backward_flops(q, q, k, k, q, q, 0.0, False) == sdpa_backward_flop_count(q, q, k, k)
-    assert bench.attention_flops(q, q, q, 0.0, True) == 4 * 4 * 8 * (16 * 17 // 2)
+    assert limit.attention_flops(q, k, k) == sdpa_flop_count(q, k, k)
+    assert limit.attention_backward_flops(q, q, k, k, q, q, 0.0, False) == sdpa_backward_flop_count(q, q, k, k)
+    assert limit.attention_flops(q, q, q, 0.0, True) == 4 * 4 * 8 * (16 * 17 // 2)
 
 
 @pytest.mark.parametrize("change", [{}, {"checkpointing": True}, {"lora_r": 4}])
 def test_a_step_executes_little_more_than_the_least(folder, change):
-    found = bench.measure_limit({**bench.OPTIONS["limit"], "model": folder, "prompt": 300, "answer": 10, "repeats": 1, **change})
+    found = limit.measure({**limit.OPTIONS, "model": folder, "prompt": 300, "answer": 10, "repeats": 1, **change})
     excess = (found["counted"] - sum(found["again"].values())) / found["least"]
     assert 0.97 < excess <= 1.05  # below 1: the first block has no gradient to pass on where its weights are frozen
     assert len(found["costliest"]) == 10
@@ -86,14 +87,17 @@ def test_a_step_executes_little_more_than_the_least(folder, change):
 
 def test_our_answers_are_those_of_transformers(folder):
     pytest.importorskip("transformers")
-    s = {**bench.OPTIONS["generate"], "model": folder, "prompt": 60, "prompts": 3, "answer": 8}
-    ours, theirs = (bench.measure_generate({**s, "way": way}) for way in ("ours", "transformers"))
+    s = {**generate.OPTIONS, "model": folder, "prompt": 60, "prompts": 3, "answer": 8}
+    ours, theirs = (generate.measure({**s, "way": way}) for way in ("ours", "transformers"))
     assert ours["answers"] == theirs["answers"] and len(ours["answers"]) == 6
 
 
+PAPER = str(ROOT / "configs" / "llama3_8b_80k.py")
+
+
 def paper_plan(M, shards, naive):
-    cfg = bench.load_config([str(ROOT / "configs" / "llama3_8b_80k.py")])
-    return bench.plan_of(bench.planned_model(cfg, bench.OPTIONS["plan"]), cfg, 8192, 512, M, shards, naive)
+    cfg = load_config([PAPER])
+    return plan.plan_of(plan.planned_model(cfg, ""), cfg, Shape(8192, 512, M, shards, naive))
 
 
 def test_the_plan_knows_what_the_paper_met():
@@ -103,13 +107,25 @@ def test_the_plan_knows_what_the_paper_met():
     tokens, flops, _ = paper_plan(2, 8, naive=False)
     rows, more, _ = paper_plan(2, 8, naive=True)
     assert (tokens, rows) == (9728, 26112) and 2.6 < more / flops < 2.9
-    model = bench.planned_model(bench.load_config([str(ROOT / "configs" / "llama3_8b_80k.py")]), bench.OPTIONS["plan"])
-    assert flops == step_flops(model, [(0, 8192, 0, 0)] + [(8192 + 512 * i, 8704 + 512 * i, 0, 8192) for i in range(3)], 1536)
+    model = plan.planned_model(load_config([PAPER]), "")
+    segments = [Segment(0, 8192)]
+    segments += [Segment(8192 + 512 * i, 8704 + 512 * i, 0, 8192) for i in range(3)]
+    assert flops == step_flops(model, segments, 1536)
+
+
+def test_what_is_said_to_fit_fits_and_one_more_does_not():
+    cfg = load_config([PAPER])
+    model = plan.planned_model(cfg, "")
+    shape = Shape(8192, 512, 2, 8)
+    found = plan.what_fits(model, cfg, shape, 38e9)
+    for most, more in ((shape._replace(M=found["M"]), shape._replace(M=found["M"] + 1)),
+                       (shape._replace(prompt=found["prompt"]), shape._replace(prompt=found["prompt"] + 1))):
+        assert plan.plan_of(model, cfg, most)[2]["total"] <= 38e9 < plan.plan_of(model, cfg, more)[2]["total"]
 
 
 def test_the_largest_that_fits():
-    assert bench.largest(lambda n: n <= 77, 1000) == 77
-    assert bench.largest(lambda n: n == 0, 1000) == 0 and bench.largest(lambda n: True, 1000) == 1000
+    assert plan.largest(lambda n: n <= 77, 1000) == 77
+    assert plan.largest(lambda n: n == 0, 1000) == 0 and plan.largest(lambda n: True, 1000) == 1000
 
 
 @pytest.mark.parametrize("args, message", [
@@ -124,17 +140,23 @@ def test_the_largest_that_fits():
     (["plan", "configs/llama3_8b_80k.py", "gpu=abacus"], "gpu='abacus': expected one of"),
 ])
 def test_bad_input_ends_in_one_line(args, message):
-    done = subprocess.run([sys.executable, "bench.py", *args], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "bench", *args], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and message in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_a_way_that_fails_does_not_end_the_others(folder, capsys):
-    rows = bench.bench_step({**settings(folder), "prompt": [20], "answer": [4], "M": [1], "ways": "ours,naive", "repeats": 1,
-                             "dtype": "float99"})
+    rows = step.run({**settings(folder), "prompt": [20], "answer": [4], "M": [1], "ways": "ours,naive", "repeats": 1,
+                     "dtype": "float99"})
     assert [row["way"] for row in rows] == ["ours", "naive"] and all("float99" in row["error"] for row in rows)
 
 
 def test_plan_of_an_unknown_model_says_what_it_knows():
-    cfg = bench.load_config(["configs/tiny.py", "model=nowhere"]) | {"name": "other"}
+    cfg = load_config(["configs/tiny.py", "model=nowhere"]) | {"name": "other"}
     with pytest.raises(BadInput, match="shape= is one of llama3_8b"):
-        bench.planned_model(cfg, bench.OPTIONS["plan"])
+        plan.planned_model(cfg, "")
+
+
+def test_ours_need_not_be_named_first(folder):
+    """The ratios to ours are there whatever the order of ways=."""
+    rows = step.run({**settings(folder), "prompt": [20], "answer": [4], "M": [1], "ways": "naive,ours", "repeats": 1})
+    assert rows[0]["way"] == "naive" and rows[0]["total_ratio"] > 0 and rows[1]["total_ratio"] == 1

@@ -6,13 +6,26 @@ import torch
 from test_model import hf_model
 from torch.utils.flop_counter import FlopCounterMode
 
+from bench.plan import (
+    DATASHEET,
+    SHAPES,
+    Shape,
+    block_activations,
+    peak_flops,
+    peak_memory,
+    throughput,
+)
 from checkpoint import load_pretrained, start_lora
-from checkpoint import read_config
-from model import Llama, LlamaConfig, Segment, SegmentAttention, count_parameters, step_flops
-from bench.plan import DATASHEET, block_activations, peak_flops, peak_memory, throughput
+from model import (
+    IGNORE,
+    Llama,
+    LlamaConfig,
+    Segment,
+    SegmentAttention,
+    count_parameters,
+    step_flops,
+)
 
-LLAMA3_8B = dict(vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-                 num_key_value_heads=8, head_dim=128, max_position_embeddings=8192)
 CFG = {"dtype": "bfloat16", "checkpointing": True, "offload_activations": False, "offload_params": False,
        "n_rejected": 2}
 
@@ -30,33 +43,39 @@ def model_of(tmp_path, lora):
 @pytest.mark.parametrize("lora", [False, True])
 def test_flops_are_those_that_pytorch_counts(tmp_path, lora):
     """Of the matrices; attention, which PyTorch counts as a whole square, is held against hand arithmetic below."""
-    model, T, scored = model_of(tmp_path, lora), 40, 12
-    tokens = torch.arange(T)
+    model = model_of(tmp_path, lora)
+    prompt, scored = 28, 12
+    tokens = torch.arange(prompt + scored)
+    targets = tokens.where(tokens >= prompt, IGNORE)
+    segments = [Segment(0, prompt), Segment(prompt, prompt + scored, 0, prompt)]
     with FlopCounterMode(display=False) as counter:
-        x = model.trunk(tokens, tokens, torch.full((T, 1), T), SegmentAttention([(0, T, 0, 0)], "cpu"))
-        model.token_logps(x[-scored:], tokens[-scored:]).sum().backward()
-    counted = sum(flops for op, flops in counter.get_flop_counts()["Global"].items() if str(op) in ("aten.mm", "aten.addmm"))
-    attention = 12 * 3 * model.config.num_attention_heads * model.config.head_dim * T * (T + 1) // 2
-    assert counted == step_flops(model, [(0, T, 0, 0)], scored) - attention > 0
+        sums, _ = model(tokens, tokens, targets, segments)
+        sums.sum().backward()
+    products = ("aten.mm", "aten.addmm")
+    counted = sum(flops for op, flops in counter.get_flop_counts()["Global"].items() if str(op) in products)
+    logits_again = 2 * model.lm_head.weight.numel() * scored  # backward makes them anew, which is not needed work
+    pairs_of_tokens = prompt * (prompt + 1) // 2 + scored * prompt + scored * (scored + 1) // 2
+    attention = 12 * 3 * model.config.num_attention_heads * model.config.head_dim * pairs_of_tokens
+    assert counted - logits_again == step_flops(model, segments, scored) - attention > 0
 
 
-def test_the_papers_group_costs_what_the_design_says():
+def test_the_papers_group_costs_what_the_method_says():
     """8,192 prompt, 3 x 512 answers: 9,728 tokens instead of 26,112, and 2.65 times less work."""
     with torch.device("meta"):
-        model = Llama(LlamaConfig(**LLAMA3_8B))
+        model = Llama(LlamaConfig(**SHAPES["llama3_8b"]))
     P, n = 8192, 512
-    shared = [(0, P, 0, 0)] + [(P + i * n, P + (i + 1) * n, 0, P) for i in range(3)]
-    rows = [(i * (P + n), (i + 1) * (P + n), 0, 0) for i in range(3)]
-    assert shared[-1][1] == 9728 and rows[-1][1] == 26112
-    assert step_flops(model, rows, 3 * n) / step_flops(model, shared, 3 * n) == pytest.approx(2.65, abs=0.05)
+    shared, rows = Shape(P, n, 2, 8), Shape(P, n, 2, 8, naive=True)
+    assert shared.segments()[-1].end == 9728 and rows.segments()[-1].end == 26112
+    less = step_flops(model, rows.segments(), 3 * n) / step_flops(model, shared.segments(), 3 * n)
+    assert less == pytest.approx(2.65, abs=0.05)
     weights = sum(p.numel() for p in model.parameters()) - 2 * 128256 * 4096
     attention = 12 * 32 * 4096 * (P * (P + 1) // 2 + 3 * (n * P + n * (n + 1) // 2))
-    assert step_flops(model, shared, 0) == pytest.approx(6 * weights * 9728 + attention, rel=1e-4)
+    assert step_flops(model, shared.segments(), 0) == pytest.approx(6 * weights * 9728 + attention, rel=1e-4)
 
 
 def test_memory_of_llama3_8b_by_hand():
     with torch.device("meta"):
-        model = Llama(LlamaConfig(**LLAMA3_8B))
+        model = Llama(LlamaConfig(**SHAPES["llama3_8b"]))
     total = 8_030_261_248
     assert count_parameters(model) == (total, 0)
     full = peak_memory(model, CFG, 9728, 1536, 8, accumulating=True)
@@ -87,7 +106,7 @@ def test_a_blocks_activations_are_what_autograd_keeps(tmp_path, lora):
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack_hook, lambda t: t):
-        out = block.compute(x, cos, sin, SegmentAttention([(0, T, 0, 0)], "cpu"))
+        out = block(x, cos, sin, SegmentAttention([Segment(0, T)], "cpu"))
     measured = sum(size for pointer, size in kept.items() if pointer not in weights)
     predicted = block_activations(model, T, 4)[0]
     assert out.shape == x.shape and measured == pytest.approx(predicted, rel=0.15), (measured, predicted)
