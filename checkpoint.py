@@ -171,7 +171,7 @@ def read_rope(raw, path):
     rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
     rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type") or "default"  # "type" is the oldest spelling
     rope.setdefault("rope_theta", raw.get("rope_theta") or 10000.0)
-    needed = {"default": (), "linear": ("factor",), "dynamic": ("factor",), "yarn": ("factor",),
+    needed = {"default": (), "linear": ("factor",), "yarn": ("factor",),
               "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
     if rope["rope_type"] not in needed:
         raise BadInput(f"{path}: rope_type is {rope['rope_type']!r}, expected one of {', '.join(needed)}")

@@ -1,23 +1,26 @@
 """A Llama in plain PyTorch that scores many answers to one prompt at the cost of one prompt.
 
-Read top to bottom: the config of a Hugging Face folder, rotary positions, attention over segments, the
-block, LoRA, the model with its answer-only head, generation. Parameters carry Hugging Face names and Hugging
-Face's half-split rotary layout, so weights move in and out untouched (checkpoint.py).
+Read top to bottom: segments, the config, rotary positions, attention over segments, the block,
+LoRA, the model and its answers' log-probs; what a step costs comes last. Parameters carry Hugging
+Face names and Hugging Face's half-split rotary layout, so weights move in and out untouched.
 
 The model has no batch dimension. A batch is one stream of T tokens, cut into segments:
 
-    stream     [ prompt - last token | branch 0 | branch 1 | ... ][ next group ... ]
-    segment    (start, end, prefix_start, prefix_end): its tokens see stream[prefix_start:prefix_end]
-               and, causally, themselves. Never another branch, never another group.
+    stream     [ prompt - last token | answer 0 | answer 1 | ... ][ next group ... ]
+    segment    its tokens see its prefix (the prompt, for an answer) and, causally, themselves.
+               Never another answer, never another group.
 
-Causal by order in the stream, rotary by `positions`: two separate things, so no T x T mask exists anywhere and
-positions are free to have gaps.
+The prompt stands in the stream once, since all answers see the same one: M times its work, its
+activations and its keys are saved. Who sees whom is decided by *order* in the stream, how far apart
+two tokens seem by their *positions*. These are two things: so positions may have gaps, and a
+kernel's own causal flag is still right, without a T x T mask. (One mask remains: where there is no
+varlen kernel, as on a CPU, the answers' rows of a group take one. See `answer_mask`.)
 
-Shape letters: T tokens in the stream, N rows or groups, A answers, H query heads, K key/value heads,
-D head dim, C hidden size, V vocabulary.
+Shape letters: T tokens of the stream, P of a prompt, N rows or groups, A answers, H query heads,
+K key/value heads, D head dim, C hidden size, V vocabulary. A suffix spells a shape: q_THD.
 """
 import math
-from contextlib import nullcontext
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import NamedTuple
@@ -25,6 +28,7 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch import Tensor
 from torch.autograd.graph import save_on_cpu
 from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
@@ -38,27 +42,49 @@ except ImportError:  # optional: PyTorch carries a flash kernel too
 
 IGNORE = -100      # target of a token that nobody scores
 HEAD_CHUNK = 256   # answer tokens whose logits exist at the same time
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q_THD, k_TKD, v_TKD -> out_THD
 
 
 class Segment(NamedTuple):
-    """Tokens start:end of the stream. They see prefix_start:prefix_end of it and, causally, themselves."""
+    """Tokens start:end of the stream. They see prefix_start:prefix_end, and themselves causally."""
     start: int
     end: int
     prefix_start: int = 0
     prefix_end: int = 0  # 0: no prefix; the segment opens a group
 
+    @property
+    def length(self) -> int:
+        return self.end - self.start
+
+    @property
+    def prefix_length(self) -> int:
+        return self.prefix_end - self.prefix_start
+
     def moved(self, offset: int) -> "Segment":
+        """The same segment, `offset` tokens further down the stream."""
+        start, end = self.start + offset, self.end + offset
         if not self.prefix_end:
-            return Segment(self.start + offset, self.end + offset)
-        return Segment(*(bound + offset for bound in self))
+            return Segment(start, end)
+        return Segment(start, end, self.prefix_start + offset, self.prefix_end + offset)
 
 
-# ------------------------------------------------------------------------------------------------ config.json
+def segments_by_group(segments: list[Segment]) -> list[list[Segment]]:
+    """The segments of each group: one without a prefix, then the answers to it."""
+    groups = []
+    for segment in segments:
+        if not segment.prefix_end:
+            groups.append([])
+        groups[-1].append(segment)
+    return groups
+
+
+# ------------------------------------------------------------------------------------------ config
 
 @dataclass
 class LlamaConfig:
-    """The fields of config.json that this model reads, under their Hugging Face names; `raw` keeps the file."""
+    """What this model reads of config.json, under the Hugging Face names; `raw` keeps the file."""
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -74,96 +100,116 @@ class LlamaConfig:
     rope: dict = field(default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0})
     raw: dict = field(default_factory=dict)
 
-    def extend(self, window, rope_theta=0.0):
-        """Announce a longer window to whoever opens the export, and change the RoPE base where one is given."""
-        self.rope["rope_theta"] = rope_theta or self.rope["rope_theta"]
+    def extend(self, window: int, rope_theta: float = 0.0) -> None:
+        """Announce a longer window in the export; change the RoPE base where one is given."""
+        if rope_theta:
+            self.rope["rope_theta"] = rope_theta
         if self.rope["rope_type"] == "yarn":
-            self.rope.setdefault("original_max_position_embeddings", self.max_position_embeddings)
-        if self.rope["rope_type"] != "dynamic":  # dynamic NTK computes its frequencies from the original window
-            self.max_position_embeddings = max(window, self.max_position_embeddings)
+            # YaRN's ramp is drawn for the window of the pre-training, which is forgotten below.
+            before = self.max_position_embeddings
+            self.rope.setdefault("original_max_position_embeddings", before)
+        self.max_position_embeddings = max(window, self.max_position_embeddings)
 
 
-# ---------------------------------------------------------------------------------------------------- rotary
+# ------------------------------------------------------------------------------------------ rotary
 
-def rope_frequencies(config, span):
-    """Rotary frequencies (..., D/2) in fp32 and the factor on cos and sin, for each scaling that Llamas use.
+def rope_frequencies(config: LlamaConfig, device: torch.device | str = "cpu"
+                     ) -> tuple[Tensor, float]:
+    """Rotary frequencies (D/2,) in fp32, and the factor on cos and sin.
 
-    span: tensor (..., 1), the length that the model must cover (largest position + 1); only dynamic NTK
-    depends on it. Formulas: NTK and dynamic NTK as in transformers, YaRN arXiv 2309.00071, llama3 as in Llama 3.1.
+    linear: position interpolation (arXiv 2306.15595). yarn: arXiv 2309.00071. llama3: Llama 3.1's.
     """
-    rope, dim = config.rope, config.head_dim
-    kind, theta, factor = rope["rope_type"], rope["rope_theta"], rope.get("factor")
-    exponent = torch.arange(0, dim, 2, dtype=torch.float32, device=span.device) / dim
-    if kind == "dynamic":  # stretch the base once the text outgrows the original window
-        window = config.max_position_embeddings
-        stretch = (factor * span.float() / window).clamp(min=factor) - (factor - 1)
-        stretch = (stretch.double() ** (dim / (dim - 2))).float()  # vectorised fp32 pow rounds by its lane
-        return 1.0 / (theta * stretch) ** exponent, 1.0
-    frequencies = 1.0 / theta ** exponent
+    rope = config.rope
+    kind = rope["rope_type"]
+    steps = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device)
+    frequencies = 1.0 / rope["rope_theta"] ** (steps / config.head_dim)
     if kind == "linear":
-        return frequencies / factor, 1.0
-    if kind == "llama3":  # long wavelengths are interpolated, short ones kept, those between blended
-        window, low, high = rope["original_max_position_embeddings"], rope["low_freq_factor"], rope["high_freq_factor"]
-        keep = ((window * frequencies / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
-        return (1 - keep) * frequencies / factor + keep * frequencies, 1.0
+        return frequencies / rope["factor"], 1.0
+    if kind == "llama3":
+        return llama3_frequencies(rope, frequencies), 1.0
     if kind == "yarn":
-        return yarn_frequencies(config, frequencies)
+        return yarn_frequencies(config, frequencies), yarn_temperature(rope)
     return frequencies, 1.0
 
 
-def yarn_frequencies(config, frequencies):
-    """YaRN: a ramp over the dimensions from kept to interpolated, and a temperature on the attention scores."""
-    rope, dim = config.rope, config.head_dim
+def llama3_frequencies(rope: dict, frequencies: Tensor) -> Tensor:
+    """Long wavelengths are interpolated, short ones kept, those between are blended."""
+    low = rope["low_freq_factor"]
+    high = rope["high_freq_factor"]
+    turns = rope["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+    keep = ((turns - low) / (high - low)).clamp(0, 1)
+    return (1 - keep) * frequencies / rope["factor"] + keep * frequencies
+
+
+def yarn_frequencies(config: LlamaConfig, frequencies: Tensor) -> Tensor:
+    """A ramp over the dimensions: fast pairs are kept, slow ones interpolated (Sec. 3.2)."""
+    rope = config.rope
+    dim = config.head_dim
     window = rope.get("original_max_position_embeddings") or config.max_position_embeddings
 
-    def dim_of(turns):  # the dimension that turns so many times inside the original window
-        return dim * math.log(window / (turns * 2 * math.pi)) / (2 * math.log(rope["rope_theta"]))
+    def dim_of(turns):
+        """The dimension that turns so many times inside the original window."""
+        log_theta = math.log(rope["rope_theta"])
+        return dim * math.log(window / (turns * 2 * math.pi)) / (2 * log_theta)
 
-    low, high = dim_of(rope.get("beta_fast") or 32), dim_of(rope.get("beta_slow") or 1)
+    low = dim_of(rope.get("beta_fast") or 32)
+    high = dim_of(rope.get("beta_slow") or 1)
     if rope.get("truncate", True):
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, dim - 1)
+        low = math.floor(low)
+        high = math.ceil(high)
+    low = max(low, 0)
+    high = min(high, dim - 1)
     steps = torch.arange(dim // 2, dtype=torch.float32, device=frequencies.device)
     interpolated = ((steps - low) / max(high - low, 0.001)).clamp(0, 1)
-    frequencies = frequencies / rope["factor"] * interpolated + frequencies * (1 - interpolated)
+    return frequencies / rope["factor"] * interpolated + frequencies * (1 - interpolated)
 
+
+def yarn_temperature(rope: dict) -> float:
+    """The factor on cos and sin; its square divides the temperature of attention (Sec. 3.3)."""
     def temperature(scale):
-        return 0.1 * scale * math.log(rope["factor"]) + 1.0 if rope["factor"] > 1 else 1.0
+        if rope["factor"] <= 1:
+            return 1.0
+        return 0.1 * scale * math.log(rope["factor"]) + 1.0
 
     if rope.get("attention_factor") is not None:
-        return frequencies, rope["attention_factor"]
+        return rope["attention_factor"]
     if rope.get("mscale") and rope.get("mscale_all_dim"):
-        return frequencies, temperature(rope["mscale"]) / temperature(rope["mscale_all_dim"])
-    return frequencies, temperature(1.0)
+        return temperature(rope["mscale"]) / temperature(rope["mscale_all_dim"])
+    return temperature(1.0)
 
 
-def rotary_tables(config, positions, span, dtype):
-    """cos and sin, (T, 1, D) each. No table of all positions: they are arbitrary integers up to the window.
+def rotary_tables(config: LlamaConfig, positions: Tensor, dtype: torch.dtype
+                  ) -> tuple[Tensor, Tensor]:
+    """cos and sin (T, 1, D) of these positions. No table of all positions: they are arbitrary."""
+    frequencies, scale = rope_frequencies(config, positions.device)
+    # Angles in fp32, by an elementwise product. bf16 keeps 8 bits: at position 60,000 an angle
+    # would be off by up to 128 radians. A matrix product would become just that under autocast,
+    # which rounds its inputs but leaves elementwise products alone. Rounding cos, sin does no harm.
+    angles = positions[:, None].float() * frequencies
+    angles = torch.cat([angles, angles], dim=-1)[:, None]  # the two halves turn together
+    cos = (angles.cos() * scale).to(dtype)
+    sin = (angles.sin() * scale).to(dtype)
+    return cos, sin
 
-    Angles are fp32, elementwise: a bf16 angle is off by several turns beyond a few thousand positions.
-    """
-    frequencies, scale = rope_frequencies(config, span)
-    angles = positions[:, None].float() * frequencies           # (T, D/2)
-    angles = torch.cat([angles, angles], dim=-1)[:, None]       # (T, 1, D): the two halves turn together
-    return (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
 
-
-def rotate(x, cos, sin):
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn x (T, heads, D) by its positions; Hugging Face pairs dimension i with i + D/2."""
     a, b = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-b, a], dim=-1) * sin
 
 
-# ------------------------------------------------------------------------------------------------- attention
+# --------------------------------------------------------------------------------------- attention
 
-def varlen_kernel(device, dtype):
-    """The flash kernel that attends over many sequences in one call, or None: flash-attn's, else PyTorch's own.
+def varlen_kernel(device: torch.device | str, dtype: torch.dtype) -> Callable | None:
+    """The flash kernel for many sequences in one call, or None: flash-attn's, else PyTorch's own.
 
-    Both align a causal mask at the bottom right: of 2 queries and 5 keys, the first query sees 4. Flash kernels
-    want 16-bit floats, an Ampere GPU or newer, and a head dim that is a multiple of 8, at most 256.
+    Both align a causal mask at the bottom right: of 2 queries and 5 keys, the first query sees 4.
+    So an answer's queries over its prompt's keys and its own need no mask. Flash kernels want
+    16-bit floats, an Ampere GPU or newer, and a head dim that is a multiple of 8, at most 256.
     """
-    if (torch.device(device).type != "cuda" or dtype not in (torch.bfloat16, torch.float16)
-            or torch.cuda.get_device_capability(device) < (8, 0)):
+    if torch.device(device).type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return None
+    if torch.cuda.get_device_capability(device) < (8, 0):
         return None
     if flash_attn_varlen_func is not None:
         return partial(flash_attn_varlen_func, causal=True)
@@ -171,253 +217,352 @@ def varlen_kernel(device, dtype):
 
 
 class SegmentAttention:
-    """Attention over a stream's segments: (T, H, D), (T, K, D), (T, K, D) -> (T, H, D). One layout, all layers.
+    """Attention over the segments of a stream: q_THD, k_TKD, v_TKD -> out_THD.
 
-    segments: list of (start, end, prefix_start, prefix_end), covering the stream in order. A segment without prefix
-    opens a group; those with one follow it and are the answers to it.
+    segments: they cover the stream in order; one without a prefix opens a group, the others of the
+    group follow it. One object serves all layers: what the kernels want to know is laid out once.
     """
 
-    def __init__(self, segments, device):
-        self.segments, self.device = segments, device
+    def __init__(self, segments: list[Segment], device: torch.device | str):
+        self.segments = segments
+        self.device = device
+
+    # Segments differ from batch to batch: traced by torch.compile, each would compile anew.
+    @torch.compiler.disable
+    def __call__(self, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> Tensor:
+        kernel = varlen_kernel(q_THD.device, q_THD.dtype)
+        if kernel is None:
+            return self.group_by_group(q_THD, k_TKD, v_TKD)
+        key_index, lengths = self.packed
+        # The kernel wants the keys of each segment in a row: a prompt's once more for each answer.
+        # Only keys and values are repeated, one layer at a time, not the prompt's computation.
+        return kernel(q_THD, k_TKD[key_index], v_TKD[key_index], *lengths)
 
     @cached_property
-    def packed(self):
-        """For the varlen kernel: where in the stream each segment's keys are, and the segments' lengths."""
-        queries = [end - start for start, end, _, _ in self.segments]
-        keys = [end - start + p_end - p_start for start, end, p_start, p_end in self.segments]
-        key_index = torch.cat([torch.arange(a, b) for start, end, p_start, p_end in self.segments
-                               for a, b in ((p_start, p_end), (start, end))]).to(self.device)
-        offsets = [torch.tensor([0, *n]).cumsum(0, dtype=torch.int32).to(self.device) for n in (queries, keys)]
-        return key_index, (*offsets, max(queries), max(keys))
+    def packed(self) -> tuple[Tensor, tuple[Tensor, Tensor, int, int]]:
+        """For the varlen kernel: where in the stream each segment's keys are, and the lengths."""
+        key_index = []
+        n_queries = []
+        n_keys = []
+        for segment in self.segments:
+            key_index.append(torch.arange(segment.prefix_start, segment.prefix_end))
+            key_index.append(torch.arange(segment.start, segment.end))
+            n_queries.append(segment.length)
+            n_keys.append(segment.prefix_length + segment.length)
+        lengths = self.offsets(n_queries), self.offsets(n_keys), max(n_queries), max(n_keys)
+        return torch.cat(key_index).to(self.device), lengths
 
-    @cached_property
-    def groups(self):
-        """For SDPA: (length of the prompt, mask of its answers' rows over the whole group) of each group."""
-        opens = [i for i, segment in enumerate(self.segments) if not segment.prefix_end] + [len(self.segments)]
-        return [(self.segments[i][1] - self.segments[i][0], answer_mask(self.segments[i:j], self.device))
-                for i, j in zip(opens, opens[1:])]
+    def offsets(self, lengths: list[int]) -> Tensor:
+        """[0, a, a + b, ...] in int32, as the kernels want the borders between sequences."""
+        return torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32).to(self.device)
 
-    @torch.compiler.disable  # segments differ from batch to batch: traced, each would compile anew
-    def __call__(self, q, k, v):
-        if kernel := varlen_kernel(q.device, q.dtype):
-            key_index, lengths = self.packed
-            return kernel(q, k[key_index], v[key_index], *lengths)  # a prompt's keys once more for each answer to it
-        out, of_groups = [], [P + len(mask) for P, mask in self.groups]
-        for (P, mask), *qkv in zip(self.groups, *(x.split(of_groups) for x in (q, k, v))):
-            q_, k_, v_ = (x.transpose(0, 1)[None] for x in qkv)  # (1, heads, T of the group, D)
-            prompt, answers = q_.split([P, len(mask)], dim=2)
-            out.append(sdpa(prompt, k_[:, :, :P], v_[:, :, :P], is_causal=True))
-            if len(mask):  # all answers at once over the keys as they lie: no copy of the prompt's for each of them
-                out.append(sdpa(answers, k_, v_, attn_mask=mask.to(q.dtype)))
+    def group_by_group(self, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> Tensor:
+        """Without a varlen kernel: one call for a group's prompt, one for all its answers."""
+        out = []
+        start = 0
+        for P, mask in self.groups:
+            end = start + P + len(mask)
+            q = as_heads(q_THD[start:end])
+            k = as_heads(k_TKD[start:end])
+            v = as_heads(v_TKD[start:end])
+            out.append(sdpa(q[:, :, :P], k[:, :, :P], v[:, :, :P], is_causal=True))
+            if len(mask):
+                # All answers at once over the keys as they lie: no copy of the prompt's for each.
+                out.append(sdpa(q[:, :, P:], k, v, attn_mask=mask.to(q.dtype)))
+            start = end
         return torch.cat(out)
 
+    @cached_property
+    def groups(self) -> list[tuple[int, Tensor]]:
+        """For SDPA: (tokens of the prompt, mask of the answers' rows) of each group."""
+        found = []
+        for prompt, *answers in segments_by_group(self.segments):
+            mask = answer_mask(prompt.length, [answer.length for answer in answers])
+            found.append((prompt.length, mask.to(self.device)))
+        return found
 
-def sdpa(q, k, v, **mask):
-    return F.scaled_dot_product_attention(q, k, v, enable_gqa=True, **mask)[0].transpose(0, 1)
 
+def answer_mask(P: int, lengths: list[int]) -> Tensor:
+    """(answer tokens, P + answer tokens): 0 where a row's token sees a column's, else -inf.
 
-def answer_mask(segments, device):
-    """0 where an answer's token (a row) sees a token of its group (a column), else -inf.
-
-    Answers next to each other are few beside a prompt, so the scores that it throws away are: 1 % of the attention
-    for three answers of 64 tokens to 2,048, 4 % for three of 512 to 8,192.
+    The only mask there is, and no T x T one: its rows are the answers' tokens. Answers are short
+    beside a prompt, so the scores that it throws away are few: 1 % of the attention for three
+    answers of 64 tokens to 2,048, 4 % for three of 512 to 8,192.
     """
-    (start, end, _, _), *answers = segments
-    P = end - start
-    own = torch.block_diag(*(torch.ones(end - start, end - start).tril() for start, end, _, _ in answers))
-    seen = torch.cat([torch.ones(len(own), P), own], dim=1) if answers else torch.ones(0, P)
-    return torch.zeros_like(seen).masked_fill(seen == 0, -math.inf).to(device)
+    mask = torch.full((sum(lengths), P + sum(lengths)), -math.inf)
+    mask[:, :P] = 0
+    row = 0
+    for n in lengths:
+        # An answer and itself: -inf above the diagonal, 0 elsewhere.
+        mask[row:row + n, P + row:P + row + n].triu_(1)
+        row += n
+    return mask
+
+
+def as_heads(x: Tensor) -> Tensor:
+    """(T, heads, D) as SDPA wants it: (1, heads, T, D). A view."""
+    return x.transpose(0, 1)[None]
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, **mask) -> Tensor:
+    """Attention of one sequence (1, heads, T, D), back as (T, H, D)."""
+    out = F.scaled_dot_product_attention(q, k, v, enable_gqa=True, **mask)
+    return out[0].transpose(0, 1)
+
+
+# ------------------------------------------------------------------------------------------- block
+
+def checkpointed(function: Callable, *inputs: Tensor) -> Tensor:
+    """function(*inputs), of which only the inputs are kept: backward computes it once more.
+
+    preserve_rng_state=False: nothing in here draws random numbers.
+    """
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 class Attention(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config: LlamaConfig):
         super().__init__()
-        C, H, K, D = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        C, D = config.hidden_size, config.head_dim
+        H, K = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = D
         self.q_proj = nn.Linear(C, H * D, bias=config.attention_bias)
         self.k_proj = nn.Linear(C, K * D, bias=config.attention_bias)
         self.v_proj = nn.Linear(C, K * D, bias=config.attention_bias)
         self.o_proj = nn.Linear(H * D, C, bias=config.attention_bias)
 
-    def forward(self, x, cos, sin, attend):
-        T, D = x.shape[0], self.head_dim
-        q, k, v = (proj(x).view(T, -1, D) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        return self.o_proj(attend(rotate(q, cos, sin), rotate(k, cos, sin), v).reshape(T, -1))
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+        T = x.shape[0]
+        q_THD = self.q_proj(x).view(T, -1, self.head_dim)
+        k_TKD = self.k_proj(x).view(T, -1, self.head_dim)
+        v_TKD = self.v_proj(x).view(T, -1, self.head_dim)
+        out_THD = attend(rotate(q_THD, cos, sin), rotate(k_TKD, cos, sin), v_TKD)
+        return self.o_proj(out_THD.reshape(T, -1))
 
 
 class MLP(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config: LlamaConfig):
         super().__init__()
-        C, I = config.hidden_size, config.intermediate_size
-        self.gate_proj = nn.Linear(C, I, bias=config.mlp_bias)
-        self.up_proj = nn.Linear(C, I, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(I, C, bias=config.mlp_bias)
+        C, width = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(C, width, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(C, width, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(width, C, bias=config.mlp_bias)
 
-    def forward(self, x):
-        return self.down_proj(again(swiglu, self.gate_proj(x), self.up_proj(x)))
+    def forward(self, x: Tensor) -> Tensor:
+        # gate and up are a block's largest tensors. With them kept, SiLU's output and the product
+        # need not be: elementwise work is dearer to keep than to repeat, at next to no FLOPs.
+        product = checkpointed(swiglu, self.gate_proj(x), self.up_proj(x))
+        return self.down_proj(product)
 
 
-def swiglu(gate, up):
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-def again(function, x, *more):
-    """function(x, *more), computed once more in backward: what is elementwise is dearer to keep than to repeat."""
-    return checkpoint(function, x, *more, use_reentrant=False, preserve_rng_state=False)
-
-
 class Block(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config: LlamaConfig):
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        C, eps = config.hidden_size, config.rms_norm_eps
+        self.input_layernorm = nn.RMSNorm(C, eps=eps)
         self.self_attn = Attention(config)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(C, eps=eps)
         self.mlp = MLP(config)
-        self.checkpointing = False  # keep only the block's input, compute the rest again in backward
-        self.offload = False        # and keep it in host memory
+        self.checkpointing = False  # keep only the block's input, repeat the rest in backward
+        self.offload = False        # and keep that input in host memory
 
-    def forward(self, x, cos, sin, attend):
-        if not (self.checkpointing and torch.is_grad_enabled()):
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+        if not self.checkpointing or not torch.is_grad_enabled():
             return self.compute(x, cos, sin, attend)
-        compute = partial(self.compute, cos=cos, sin=sin, attend=attend)  # bound: what all blocks share stays put
-        with save_on_cpu(pin_memory=x.is_cuda) if self.offload else nullcontext():  # takes what checkpoint keeps: x
-            return again(compute, x)
+        # Checkpointing keeps its arguments, and offloading moves what is kept. cos and sin are the
+        # same for all blocks: bound to the function, they are kept once, and stay on the device.
+        compute = partial(self.compute, cos=cos, sin=sin, attend=attend)
+        if not self.offload:
+            return checkpointed(compute, x)
+        with save_on_cpu(pin_memory=x.is_cuda):
+            return checkpointed(compute, x)
 
-    def compute(self, x, cos, sin, attend):
-        x = x + self.self_attn(again(self.input_layernorm, x), cos, sin, attend)
-        return x + self.mlp(again(self.post_attention_layernorm, x))
+    def compute(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+        # The norms are repeated even where the block is not: elementwise, see MLP. The two nest:
+        # while backward repeats a checkpointed block, the norms' outputs are not kept either.
+        normed = checkpointed(self.input_layernorm, x)
+        x = x + self.self_attn(normed, cos, sin, attend)
+        normed = checkpointed(self.post_attention_layernorm, x)
+        return x + self.mlp(normed)
 
 
-# ------------------------------------------------------------------------------------------------------ LoRA
+# -------------------------------------------------------------------------------------------- LoRA
 
 class LoRALinear(nn.Linear):
-    """y = W x + alpha / r * B A x (arXiv 2106.09685). W keeps its name and is frozen; A is (r, in), B (out, r).
+    """y = W x + alpha / r * B A x (arXiv 2106.09685): W frozen, A (r, in), B (out, r).
 
-    The names lora_A.weight and lora_B.weight are those of PEFT's files.
+    W keeps its name; lora_A.weight and lora_B.weight are the names of PEFT's files.
     """
 
-    def __init__(self, linear, r, alpha):
-        super().__init__(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
-        self.weight, self.bias, self.scale = linear.weight, linear.bias, alpha / r
-        self.lora_A = nn.Linear(self.in_features, r, bias=False, device=linear.weight.device)
-        self.lora_B = nn.Linear(r, self.out_features, bias=False, device=linear.weight.device)
+    def __init__(self, linear: nn.Linear, r: int, alpha: float):
+        bias = linear.bias is not None
+        super().__init__(linear.in_features, linear.out_features, bias, device="meta")
+        self.weight = linear.weight
+        self.bias = linear.bias
+        self.scale = alpha / r
+        device = linear.weight.device
+        self.lora_A = nn.Linear(self.in_features, r, bias=False, device=device)
+        self.lora_B = nn.Linear(r, self.out_features, bias=False, device=device)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) + self.scale * self.lora_B(self.lora_A(x))
 
 
-# ----------------------------------------------------------------------------------------------------- Llama
+def words_of(text: str) -> list[str]:
+    """The words of a text with commas."""
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+# ------------------------------------------------------------------------------------------- Llama
 
 class Llama(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config: LlamaConfig):
         super().__init__()
         self.config = config
-        self.model = nn.ModuleDict(dict(
-            embed_tokens=nn.Embedding(config.vocab_size, config.hidden_size),
-            layers=nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers)),
-            norm=nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)))
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        C, V = config.hidden_size, config.vocab_size
+        self.model = nn.ModuleDict({
+            "embed_tokens": nn.Embedding(V, C),
+            "layers": nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers)),
+            "norm": nn.RMSNorm(C, eps=config.rms_norm_eps),
+        })
+        self.lm_head = nn.Linear(C, V, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def train_only(self, lora_r, lora_alpha, lora_targets, train_also):
-        """Put LoRA on projections, and freeze all else but what train_also names. lora_r 0: everything trains.
+    def train_only(self, lora_r: int, lora_alpha: float, lora_targets: str, train_also: str
+                   ) -> None:
+        """LoRA on projections; all else is frozen but what train_also names. lora_r 0: all trains.
 
-        lora_targets: names of projections, train_also: parts of parameter names; both texts with commas.
+        lora_targets: projections, with commas between. train_also: parts of parameters' names.
+        BadInput for a name that fits nothing, or that would train a weight which has LoRA.
         """
-        targets, parts = ([word.strip() for word in text.split(",") if word.strip()]
-                          for text in (lora_targets, train_also))
+        targets = words_of(lora_targets)
+        parts = words_of(train_also)
         if not lora_r:
             if parts:
-                raise BadInput(f"train_also={train_also!r} needs lora_r: at lora_r=0 every parameter trains")
+                raise BadInput(f"train_also={train_also!r} needs lora_r: at lora_r=0 every "
+                               "parameter trains, so set train_also= too")
             return
-        known = {name.split(".")[-1]: name for name, module in self.model.layers[0].named_modules()
-                 if isinstance(module, nn.Linear)}
-        if not targets or not known.keys() >= set(targets):
-            raise BadInput(f"lora_targets={lora_targets!r}: expected some of {','.join(known)}")
+        if not targets or not set(targets) <= set(PROJECTIONS):
+            expected = ",".join(PROJECTIONS)
+            raise BadInput(f"lora_targets={lora_targets!r}: expected some of {expected}")
         for block in self.model.layers:
             for target in targets:
-                parent = block.get_submodule(known[target].rpartition(".")[0])
+                parent = block.self_attn if hasattr(block.self_attn, target) else block.mlp
                 setattr(parent, target, LoRALinear(getattr(parent, target), lora_r, lora_alpha))
+
         for name, p in self.named_parameters():
-            p.requires_grad = "lora_" in name or any(part in name for part in parts)
-            if p.requires_grad and "lora_" not in name and name.split(".")[-2] in targets:
+            of_lora = "lora_" in name
+            asked_for = any(part in name for part in parts)
+            if asked_for and not of_lora and name.split(".")[-2] in targets:
                 raise BadInput(f"train_also={train_also!r} names {name}, which has LoRA")
+            p.requires_grad = of_lora or asked_for
         for part in parts:
             if not any(part in name for name, _ in self.named_parameters()):
                 raise BadInput(f"train_also: {part!r} is in no parameter's name")
 
-    def set_checkpointing(self, on, offload=False):
-        """Recompute each block in backward from its input (T, C); offload keeps those inputs in host memory."""
+    def set_checkpointing(self, on: bool, offload: bool = False) -> None:
+        """Repeat each block in backward from its input (T, C); offload keeps inputs on the host."""
         for block in self.model.layers:
-            block.checkpointing, block.offload = on, offload
+            block.checkpointing = on
+            block.offload = offload
 
-    def trunk(self, tokens, positions, span, attend):
-        """Last hidden state (T, C) of a stream. attend: one callable for all layers, or a list with one a layer."""
+    def hidden_states(self, tokens: Tensor, positions: Tensor, attend: Attend | list[Attend]
+                      ) -> Tensor:
+        """Last hidden states (T, C), normed. attend: one for all layers, or a list, one a layer."""
+        layers = self.model.layers
+        attends = attend if isinstance(attend, list) else [attend] * len(layers)
         x = self.model.embed_tokens(tokens)
-        cos, sin = rotary_tables(self.config, positions, span, x.dtype)
-        for i, block in enumerate(self.model.layers):
-            x = block(x, cos, sin, attend[i] if isinstance(attend, list) else attend)
+        cos, sin = rotary_tables(self.config, positions, x.dtype)
+        for block, attend_here in zip(layers, attends):
+            x = block(x, cos, sin, attend_here)
         return self.model.norm(x)
 
-    def forward(self, tokens, positions, targets, segments):
-        """Sum of the log-probs, and length, of every answer of a packed batch: (A,) float32 and (A,) int64.
+    def forward(self, tokens: Tensor, positions: Tensor, targets: Tensor, segments: list[Segment]
+                ) -> tuple[Tensor, Tensor]:
+        """Sum of the log-probs of each answer's tokens (A,) in fp32, and each answer's length (A,).
 
-        tokens, positions, targets: (T,) int64; targets hold the token to predict, or IGNORE.
-        segments: see SegmentAttention. A segment with a prefix is one answer; the answers keep their order.
+        tokens, positions, targets: (T,) int64; targets: the token to predict, or IGNORE. segments:
+        see SegmentAttention. A segment with a prefix is one answer; answers keep their order. Sums
+        and lengths, not means: whoever calls divides, so that it shows: each by its own length.
         """
+        x = self.hidden_states(tokens, positions, SegmentAttention(segments, tokens.device))
+
         answers = [segment for segment in segments if segment.prefix_end]
-        x = self.trunk(tokens, positions, group_spans(positions, segments), SegmentAttention(segments, tokens.device))
         answer_of = torch.full_like(tokens, -1)
-        for i, (start, end, _, _) in enumerate(answers):
-            answer_of[start:end] = i
-        rows = (targets != IGNORE).nonzero()[:, 0]  # logits exist for these rows only
-        logps = torch.cat([again(self.token_logps, x[r], targets[r]) for r in rows.split(HEAD_CHUNK)])
+        for i, answer in enumerate(answers):
+            answer_of[answer.start:answer.end] = i
+
+        # Logits exist for scored rows only, and for a few of them at a time: 3 x 10,000 rows of
+        # Llama-3-8B's 128,256 numbers would take 14 GiB in fp32. Checkpointing lets go of a chunk's
+        # logits once its log-probs are there; without it backward would keep all chunks after all.
+        scored = (targets != IGNORE).nonzero()[:, 0]
+        logps = []
+        for rows in scored.split(HEAD_CHUNK):
+            logps.append(checkpointed(self.token_logps, x[rows], targets[rows]))
+        logps = torch.cat(logps)
+
+        owner = answer_of[scored]
         zeros = torch.zeros(len(answers), dtype=logps.dtype, device=logps.device)
-        owner = answer_of[rows]
         return zeros.index_add(0, owner, logps), torch.bincount(owner, minlength=len(answers))
 
-    def token_logps(self, x, targets):
-        """log pi(target) of each row, in fp32 or better; checkpointed, so that backward does not keep the logits."""
+    def token_logps(self, x: Tensor, targets: Tensor) -> Tensor:
+        """log pi(target) of rows: x (rows, C), targets (rows,) -> (rows,), fp32 or better."""
         logits = F.linear(x, self.lm_head.weight)
-        return -F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets, reduction="none")
+        at_least_fp32 = torch.promote_types(logits.dtype, torch.float32)
+        return -F.cross_entropy(logits.to(at_least_fp32), targets, reduction="none")
 
-    def logits(self, tokens, positions=None):
+    def logits(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
         """Logits (N, T, V) of N full rows (N, T); positions (T,) or (N, T), 0..T-1 where None."""
         N, T = tokens.shape
-        positions = torch.arange(T, device=tokens.device) if positions is None else positions
-        positions = positions.expand(N, T).reshape(-1)
-        segments = [Segment(i * T, i * T + T) for i in range(N)]
-        x = self.trunk(tokens.reshape(-1), positions, group_spans(positions, segments),
-                       SegmentAttention(segments, tokens.device))
+        if positions is None:
+            positions = torch.arange(T, device=tokens.device)
+        rows = [Segment(i * T, i * T + T) for i in range(N)]
+        attend = SegmentAttention(rows, tokens.device)
+        x = self.hidden_states(tokens.reshape(-1), positions.expand(N, T).reshape(-1), attend)
         return self.lm_head(x).view(N, T, -1)
 
 
-def group_spans(positions, segments):
-    """(T, 1): largest position + 1 of each token's own group, so that groups do not see each other's lengths."""
-    starts = [segment.start for segment in segments if not segment.prefix_end] + [len(positions)]
-    return torch.cat([(positions[a:b].max() + 1).expand(b - a, 1) for a, b in zip(starts, starts[1:])])
+# -------------------------------------------------------------------------------- what a step costs
 
-
-# ----------------------------------------------------------------------------------------------- what a step costs
-
-def count_parameters(model):
+def count_parameters(model: nn.Module) -> tuple[int, int]:
     """(trained, frozen) numbers; a tied head counts once."""
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return trained, sum(p.numel() for p in model.parameters()) - trained
+    trained = 0
+    frozen = 0
+    for p in model.parameters():
+        if p.requires_grad:
+            trained += p.numel()
+        else:
+            frozen += p.numel()
+    return trained, frozen
 
 
-def step_flops(model, segments, scored):
-    """FLOPs of forward and backward of one packed batch; scored: tokens whose logits are made.
+def step_flops(model: Llama, segments: list[Segment], scored: int) -> int:
+    """FLOPs of forward and backward of one packed batch; scored: tokens whose logits are made."""
+    config = model.config
+    T = segments[-1].end
 
-    A matrix costs 2 a weight and token forward, 2 for its input's gradient, and 2 for its own if it trains.
-    """
-    config, T = model.config, segments[-1][1]
-    matrices = [p for p in model.model.layers.parameters() if p.ndim > 1]
-    head = model.lm_head.weight
-    work = sum(p.numel() * (6 if p.requires_grad else 4) for p in matrices) * T
-    work += head.numel() * (6 if head.requires_grad else 4) * scored
-    seen = sum((end - start) * (p_end - p_start) + (end - start) * (end - start + 1) // 2
-               for start, end, p_start, p_end in segments)  # (query, key) pairs below the causal edge
+    work = 0
+    for p in model.model.layers.parameters():
+        if p.ndim > 1:
+            work += matrix_flops(p) * T
+    work += matrix_flops(model.lm_head.weight) * scored
+
+    # (query, key) pairs below the causal edge. For each, and each dimension of each head: 2 for the
+    # score and 2 for the value forward, twice that backward.
+    pairs = 0
+    for segment in segments:
+        n = segment.length
+        pairs += n * segment.prefix_length + n * (n + 1) // 2
     width = config.num_attention_heads * config.head_dim
-    return work + 12 * width * seen * config.num_hidden_layers  # scores and values: 4 forward, 8 backward
+    return work + 12 * width * pairs * config.num_hidden_layers
+
+
+def matrix_flops(p: Tensor) -> int:
+    """FLOPs of a matrix for one token, forward and backward."""
+    # A weight: 2 forward, 2 for the gradient of its input, and 2 for its own if it trains.
+    return p.numel() * (6 if p.requires_grad else 4)

@@ -18,17 +18,15 @@ from transformers import LlamaConfig as HFLlamaConfig
 from transformers import MistralConfig as HFMistralConfig
 
 import model as model_file
-from checkpoint import load_pretrained, save_pretrained
-from loss import logo_loss
-from checkpoint import config_json, read_config
+from checkpoint import load_pretrained, read_config, save_pretrained
 from configs import BadInput
-from model import IGNORE, LlamaConfig, Segment, SegmentAttention, rotary_tables
+from loss import logo_loss
+from model import IGNORE, Segment, SegmentAttention, answer_mask, rotary_tables
 
-WINDOW = 64  # max_position_embeddings of the tiny models: dynamic RoPE starts to stretch here
+WINDOW = 64  # max_position_embeddings of the tiny models
 ROPES = {
     "default": {},
     "linear": {"factor": 4.0},
-    "dynamic": {"factor": 4.0},
     "yarn": {"factor": 8.0, "original_max_position_embeddings": 256},
     "llama3": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64},
 }
@@ -154,18 +152,16 @@ def test_dtype_is_the_callers_choice(tmp_path):
 
 
 @pytest.mark.parametrize("rope", [
-    {"rope_type": "default"}, {"rope_type": "linear", "factor": 8.0}, {"rope_type": "dynamic", "factor": 8.0},
+    {"rope_type": "default"}, {"rope_type": "linear", "factor": 8.0},
     {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 8192},
     {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
      "original_max_position_embeddings": 8192}], ids=lambda rope: rope["rope_type"])
 def test_frequencies_of_llama3_8b_equal_transformers_to_the_bit(tmp_path, rope):
     """One unit in the last place is 0.004 radians at position 60,000: it shows in the second digit of a logit."""
     hf = hf_model({"rope_theta": 500_000.0, **rope}, head_dim=128, max_position_embeddings=8192)
-    positions = torch.tensor([[0, 59_999]])
-    hf.model.rotary_emb(torch.zeros(1), positions)  # dynamic RoPE stretches here
     hf.config.save_pretrained(tmp_path)
     config = read_config(tmp_path / "config.json")
-    frequencies, _ = model_file.rope_frequencies(config, positions.max()[None] + 1)
+    frequencies, _ = model_file.rope_frequencies(config)
     assert torch.equal(frequencies, hf.model.rotary_emb.inv_freq)
 
 
@@ -177,8 +173,8 @@ def test_angles_are_exact_at_position_60000_in_bf16(tmp_path, rope, autocast):
     config = read_config(tmp_path / "config.json")
     positions = torch.tensor([0, 7, 4_001, 59_999])
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        cos, sin = rotary_tables(config, positions, positions.max()[None] + 1, torch.bfloat16)
-        frequencies, scale = model_file.rope_frequencies(config, positions.max()[None] + 1)
+        cos, sin = rotary_tables(config, positions, torch.bfloat16)
+        frequencies, scale = model_file.rope_frequencies(config)
     angles = positions[:, None].double() * frequencies.double()
     assert frequencies.dtype == torch.float32 and cos.dtype == sin.dtype == torch.bfloat16
     for table, exact in ((cos, angles.cos()), (sin, angles.sin())):
@@ -319,17 +315,6 @@ def test_branches_equal_full_rows_under_scaled_rope_and_tied_head(tmp_path, rope
     assert_same_loss_and_gradients(branches, loss_and_gradients(ours, row_logps(ours.logits, GROUPS[2])), 1e-9)
 
 
-def test_dynamic_rope_stretches_to_the_groups_longest_position(tmp_path):
-    """With answers of one length all rows of a group are as long as the group: transformers' rule, row by row."""
-    groups = make_groups([[5, 5], [7, 7]], [17, 9], window=2_000)
-    for group in groups:
-        hf = hf_model("dynamic")  # afresh: transformers keeps the longest stretch that it has seen
-        with torch.no_grad():
-            theirs = row_logps(lambda *x: hf_logits(hf, *x), [group])
-            ours = branch_logps(reopen(hf, tmp_path), [group])
-        assert (ours - theirs).abs().max() < 1e-4
-
-
 def test_gradients_equal_finite_differences(tmp_path):
     """Without any other implementation: one direction in the space of all parameters, float64."""
     reopen(hf_model(), tmp_path)
@@ -354,7 +339,7 @@ def test_gradients_equal_finite_differences(tmp_path):
 
 # --------------------------------------------------------------------------------------- what changes nothing
 
-@pytest.mark.parametrize("rope", [kind for kind in ROPES if kind != "dynamic"])
+@pytest.mark.parametrize("rope", ROPES)
 def test_shifting_all_positions_changes_nothing(tmp_path, rope):
     """Angles are fp32 whatever the weights are: near 5,000 they are good to 3e-4 radians, hence the tolerance."""
     ours = reopen(hf_model(rope), tmp_path)
@@ -390,6 +375,32 @@ def test_another_branch_changes_nothing(tmp_path):
             assert (after[j] - before[j]).abs() < 1e-5
         after = branch_logps(ours, [(prompt[::-1], positions, answers)])[0]
     assert ((after - before).abs() > 1e-2).all()  # the prompt is what every branch does see
+
+
+def test_the_answers_mask_by_hand():
+    """Prompt of 2 (p), answers of 2 (a) and 1 (b): columns p p a a b. No row of it belongs to the prompt."""
+    seen = answer_mask(2, [2, 1]) == 0
+    assert seen.int().tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 0, 0, 1]]
+    assert answer_mask(2, [2, 1])[~seen].eq(-math.inf).all() and answer_mask(7, []).shape == (0, 7)
+
+
+def test_a_prompt_of_any_length_has_no_mask(monkeypatch):
+    """The prompt's own attention is a causal call without one; only the answers' rows are ever masked."""
+    masks, attention = [], torch.nn.functional.scaled_dot_product_attention
+
+    def spy(q, k, v, attn_mask=None, is_causal=False, enable_gqa=False):
+        masks.append((q.shape[2], is_causal, None if attn_mask is None else tuple(attn_mask.shape)))
+        return attention(q, k, v, attn_mask=attn_mask, is_causal=is_causal, enable_gqa=enable_gqa)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    q = torch.randn(500 + 3 + 4, 2, 8)
+    SegmentAttention([Segment(0, 500), Segment(500, 503, 0, 500), Segment(503, 507, 0, 500)], "cpu")(q, q, q)
+    assert masks == [(500, True, None), (7, False, (7, 507))]
+
+
+def test_segments_move_with_their_prefix():
+    assert Segment(2, 5).moved(10) == (12, 15, 0, 0)  # no prefix stays no prefix
+    assert Segment(7, 9, 2, 5).moved(10) == (17, 19, 12, 15)
 
 
 def test_prompt_tokens_are_not_scored(tmp_path):
@@ -569,6 +580,7 @@ NORM = "model.norm.weight"
     (config(hidden_act="gelu"), ("config.json", "gelu")),
     (config(vocab_size=None), ("config.json", "vocab_size")),
     (rope(rope_type="longrope"), ("config.json", "longrope", "yarn")),
+    (rope(rope_type="dynamic", factor=4.0), ("config.json", "'dynamic'", "yarn")),
     (rope(rope_type="yarn"), ("config.json", "factor")),
     (rope(rope_type="llama3", factor=8.0), ("config.json", "low_freq_factor")),
     (truncated, ("model.safetensors",)),
@@ -579,7 +591,7 @@ NORM = "model.norm.weight"
     (tensors(lambda state: state.update({NORM: torch.zeros(3)})), ("model.safetensors", NORM, "[3]", "[64]")),
     (config(vocab_size=90), ("model.safetensors", "[89, 64]", "[90, 64]")),
 ], ids=["half a config", "config is a list", "other architecture", "no architecture", "sliding window", "quantised",
-        "activation", "no vocab_size", "unknown rope", "yarn without factor", "llama3 without its factors",
+        "activation", "no vocab_size", "unknown rope", "dynamic rope", "yarn without factor", "llama3 without its factors",
         "truncated weights", "git-lfs pointer", "no weights", "tensor missing", "tensor too many", "tensor misshapen",
         "config and weights disagree"])
 def test_bad_folder_is_refused_in_one_line(good_folder, tmp_path, damage, words):
