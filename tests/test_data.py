@@ -1,12 +1,17 @@
-"""data.py and configs: chunks, selection, positions, and the one place where targets are shifted."""
-import re
+"""data.py: chunks, selection, positions, the one place where targets are shifted, and checked pairs."""
+import ast
+import copy
+import json
+import random
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import data
-from configs import BadInput, check_settings, load_config
+from configs import BadInput, load_config
 from model import IGNORE
 from tokenizer import load_tokenizer
 
@@ -21,6 +26,45 @@ def tokenizer():
 
 def config(*args):
     return load_config([str(ROOT / "configs" / "tiny.py"), f"model={TINY}", f"examples={TINY}/world.py", *args])
+
+
+# ---------------------------------------------------------------------------------------------- random streams
+
+def sources():
+    """Every Python file that is no test, parsed."""
+    for path in sorted(ROOT.rglob("*.py")):
+        where = path.relative_to(ROOT)
+        if not {"tests", "out"} & set(where.parts) and not where.parts[0].startswith("."):
+            yield where, ast.parse(path.read_text())
+
+
+def calls(tree, name):
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and name in (getattr(node.func, "id", ""), getattr(node.func, "attr", "")):
+            yield node
+
+
+def test_streams_of_another_purpose_or_number_differ():
+    def drawn(*key):
+        return tuple(data.random_stream(*key).integers(0, 1 << 60, 4))
+
+    assert drawn("a", 1, 2) == drawn("a", 1, 2)
+    keys = [(tag, *numbers) for tag in ("a", "b") for numbers in ((), (0,), (1,), (2,), (0, 1), (1, 0), (1, 2), (2, 1))]
+    distinct = [key for key in keys if key[1:] not in ((0,), (1, 0))]  # numpy pads with zeros: () is (0,), (1,) is (1, 0)
+    assert len({drawn(*key) for key in distinct}) == len(distinct)
+    assert drawn("a", 1) == drawn("a", 1, 0)  # why a tag is always called with as many numbers: the test below
+
+
+def test_no_seed_is_a_bare_list_and_each_tag_has_its_number_of_numbers():
+    numbers = {}
+    for where, tree in sources():
+        found = list(calls(tree, "default_rng"))
+        assert len(found) == (str(where) == "data.py"), f"{where}: seeds without a tag, use random_stream"
+        for call in calls(tree, "random_stream"):
+            tag, *rest = call.args
+            assert isinstance(tag, ast.Constant), f"{where}, line {call.lineno}"
+            assert numbers.setdefault(tag.value, len(rest)) == len(rest), f"{tag.value!r} has {len(rest)} numbers or more"
+    assert len(numbers) > 5
 
 
 # --------------------------------------------------------------------------------------------------- positions
@@ -134,6 +178,43 @@ def test_collating_moves_nothing_but_the_segments(tokenizer):
     assert batch.segments == shifted
 
 
+def test_a_stream_with_a_hole_is_no_batch(tokenizer):
+    """A gap, an overlap, an answer before its prompt, a part that no segment covers: refused, not trained on."""
+    group = data.encode_group(PAIR, tokenizer, config("window=512"))
+    prompt, first, *rest = group.segments
+    wrong = [[prompt, *rest], [prompt, prompt, first, *rest], [prompt, first._replace(prefix_end=first.end), *rest],
+             [prompt, first, *rest[:-1]], [prompt, first._replace(end=first.start), *rest], [*group.segments, rest[-1]]]
+    for segments in wrong:
+        with pytest.raises(AssertionError):
+            data.Batch(group.tokens, group.positions, group.targets, segments)
+    with pytest.raises(AssertionError):
+        data.Batch(group.tokens, group.positions[1:], group.targets, group.segments)
+
+
+def test_no_document_is_on_both_sides():
+    """Six pairs, three documents of one, two and three questions, in every order: held out is held out."""
+    rng = random.Random(0)
+    lost = 0
+    for _ in range(300):
+        documents = [rng.randrange(4) for _ in range(12)]
+        pairs = [{"id": i, "document": document} for i, document in enumerate(documents)]
+        held_out = rng.randrange(13)
+        train, kept_back = data.split_pairs(pairs, held_out)
+        assert kept_back == pairs[12 - held_out:]
+        assert not {pair["document"] for pair in train} & {pair["document"] for pair in kept_back}
+        unseen = {pair["document"] for pair in kept_back}
+        assert train == [pair for pair in pairs[:12 - held_out] if pair["document"] not in unseen]
+        lost += 12 - held_out - len(train)
+    assert lost > 100  # questions before the border, of documents behind it
+
+
+def test_pairs_that_name_no_document_count_as_one_each():
+    pairs = [{"id": 7}, {"id": 8, "document": None}, {"id": 9, "document": 8}, {"id": 10, "document": 7}]
+    assert data.split_pairs(pairs, 2) == (pairs[:2], pairs[2:])  # document 7 is not pair 7
+    assert data.split_pairs(pairs, 0) == (pairs, [])
+    assert data.split_pairs(pairs, 9) == ([], pairs)             # more than there are: nothing is left to train on
+
+
 def test_every_sample_comes_once_an_epoch_whatever_the_batch():
     cfg = config("batch_size=8", "draws=2")
     seen = [s for step in range(5) for s in data.step_samples(20, cfg, step)]
@@ -204,6 +285,76 @@ def test_documents_with_one_side_only():
     assert select([9, 8, 9, 1, 0], max_critical=1)[0].rejected[0] == [3, 4]
 
 
+def test_the_cap_on_critical_chunks_is_n_chunks_at_most():
+    s, _ = select([9, 8, 7, 0, 0], n_chunks=2, max_critical=5, n_rejected=2)
+    assert s.chosen == s.training == [0, 1]
+    assert s.rejected == [[3, 4], [1]] or s.rejected[1] == [1, 4] and s.rejected[0] == [3, 4]
+    assert s.evidence == [data.IRRELEVANT, data.PARTIAL]
+
+
+SCORES = st.lists(st.sampled_from([0, 0, 0, 1, 2, 3, 5, 6, 7, 9, 12]), max_size=40)
+
+
+@settings(max_examples=3000, deadline=None, derandomize=True, database=None)
+@given(SCORES, st.integers(1, 20), st.integers(0, 9), st.integers(0, 25), st.integers(1, 5), st.integers(0, 99))
+def test_the_laws_of_selection(scores, n_chunks, delta, max_critical, n_rejected, seed):
+    s, reason = select(scores, n_chunks, delta, max_critical, n_rejected, seed)
+    check_selection(s, reason, scores, n_chunks, delta, max_critical, n_rejected)
+
+
+@pytest.mark.parametrize("length", range(2, 10))
+def test_the_laws_of_selection_in_a_document_shorter_than_a_prompt(length):
+    """2 to 9 chunks where N = 16, as most own documents are: every number of critical chunks, many arrangements."""
+    rng = random.Random(length)
+    for critical in range(1, length):
+        for _ in range(20):
+            scores = [9] * critical + [rng.randrange(5) for _ in range(length - critical)]
+            rng.shuffle(scores)
+            s, reason = select(scores, 16, 6, 0, 4, seed=rng.randrange(100))
+            assert s is not None
+            check_selection(s, reason, scores, 16, 6, 0, 4)
+
+
+def check_selection(s, reason, scores, n_chunks, delta, max_critical, n_rejected):
+    """Said anew, without data.py: what holds for every selection."""
+    evidence = {c for c, score in enumerate(scores) if score > delta}
+    if not evidence and max(scores, default=0) > 0:
+        evidence = {scores.index(max(scores))}
+    others = set(range(len(scores))) - evidence
+    if s is None:
+        assert reason == ("no irrelevant chunk" if evidence else "no critical chunk")
+        assert not evidence or not others
+        return
+    assert evidence and others and reason is None
+    best = scores.index(max(scores))
+    for prompt in (s.chosen, s.training, *s.rejected):
+        assert prompt == sorted(set(prompt))                      # in document order, none twice
+        assert 1 <= len(prompt) <= n_chunks and set(prompt) <= set(range(len(scores)))
+        assert not set(prompt) & (evidence - set(s.chosen))       # evidence over the cap is no filling
+
+    assert set(s.chosen) <= evidence and best in s.chosen
+    assert len(s.chosen) == min(len(evidence), n_chunks, max_critical or n_chunks)
+    left_over = [scores[c] for c in evidence - set(s.chosen)]
+    assert min(scores[c] for c in s.chosen) >= max(left_over, default=0)
+    assert set(s.chosen) <= set(s.training)
+    assert len(s.training) == min(n_chunks, len(s.chosen) + len(others))
+
+    assert len(s.rejected) == len(s.evidence) == n_rejected
+    weaker = set(sorted(s.chosen, key=lambda c: (-scores[c], c))[(len(s.chosen) + 1) // 2:])
+    nearest = min(others, key=lambda c: (-scores[c], c))
+    for j, (prompt, held) in enumerate(zip(s.rejected, s.evidence)):
+        assert best not in prompt
+        if j % 2 == 0:
+            assert held == data.IRRELEVANT and set(prompt) <= others
+            assert len(prompt) == min(n_chunks, len(others))      # never a lone chunk where there are more
+        elif weaker:
+            assert held == data.PARTIAL and set(prompt) & weaker
+        else:
+            assert held == data.NEAR and set(prompt) <= others and nearest in prompt
+    if len(others) > 1:
+        assert not {tuple(p) for p in s.rejected[::2]} & {tuple(p) for p in s.rejected[1::2]}
+
+
 # ---------------------------------------------------------------------------------------------------- settings
 
 def test_chunks_that_cannot_fit_the_window_are_refused(tokenizer):
@@ -211,9 +362,190 @@ def test_chunks_that_cannot_fit_the_window_are_refused(tokenizer):
         data.check_fit(config("window=100"), tokenizer)
 
 
-@pytest.mark.parametrize("arg", ["positions=random", "score_with=all", "dtype=float16", "prompt_tail=who?", "micro_batch=0",
-                                 "top_p=0.0", "candidates=1", "evaluator=ner", "chosen_from=gold", "endpoint_api=responses"])
-def test_a_setting_with_a_choice_is_checked_before_any_work(tokenizer, arg):
-    key, _, value = arg.partition("=")
-    with pytest.raises(BadInput, match=f"{key} is '?{re.escape(value)}'?, expected"):
-        check_settings(config(arg))
+# -------------------------------------------------------------------------------------------- the pairs' file
+
+ROW = {"id": 3, "document": 1, "question": "Who is Rosa?", "system": None, "answers": ["Naples"], "scores": [2, 0],
+       "chunks": [list(range(60, 76)), list(range(80, 90))], "chosen": " Rosa paints in Naples.",
+       "rejected": [" Rosa sings.", " Rosa paints in Naples today again."]}
+
+
+def write(path, *rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_a_pair_comes_back_as_it_was_written(tmp_path, tokenizer):
+    bare = {key: value for key, value in ROW.items() if key not in ("document", "question", "system", "answers", "scores")}
+    path = write(tmp_path / "p.jsonl", {"settings": {"tokenizer": tokenizer.digest, "window": 99}}, ROW,
+                 {"id": 4, "dropped": "chosen wrong"}, {**bare, "id": 5})
+    first, second = data.load_pairs(path, config(), tokenizer)
+    assert [ids.dtype for ids in first["chunks"]] == [np.int32] * 2
+    assert {**first, "chunks": [ids.tolist() for ids in first["chunks"]]} == ROW
+    assert second["question"] is second["system"] is None and second["id"] == 5
+
+
+A_TEXT = "'chosen' is {}, expected a text that is not empty"
+CHUNK = "chunk 1 is {}, expected a list of token ids"
+BAD_ROWS = {
+    "id missing": ({"id": ...}, "'id' is missing, expected a whole number"),
+    "id text": ({"id": "3"}, "'id' is '3', expected a whole number from 0"),
+    "id bool": ({"id": True}, "'id' is True, expected a whole number"),
+    "id fraction": ({"id": 3.0}, "'id' is 3.0, expected a whole number"),
+    "id negative": ({"id": -1}, "'id' is -1, expected a whole number"),
+    "id of two words": ({"id": 1 << 32}, "'id' is 4294967296, expected a whole number from 0 to 2**32 - 1"),
+    "document list": ({"document": [1]}, "'document' is [1], expected a whole number"),
+    "question number": ({"question": 5}, "'question' is 5, expected a text or null"),
+    "system list": ({"system": ["a"]}, "'system' is ['a'], expected a text or null"),
+    "half a character": ({"question": "\ud800"}, "'question' is '\\ud800', expected a text"),
+    "chosen missing": ({"chosen": ...}, A_TEXT.format("missing")),
+    "chosen null": ({"chosen": None}, A_TEXT.format("None")),
+    "chosen blank": ({"chosen": " \n"}, A_TEXT.format("' \\n'")),
+    "chosen list": ({"chosen": [" a"]}, A_TEXT.format("[' a']")),
+    "rejected text": ({"rejected": "No."}, "'rejected' is 'No.', expected a list of n_rejected=2 or more texts"),
+    "rejected few": ({"rejected": [" b"]}, "'rejected' is [' b'], expected a list of n_rejected=2 or more"),
+    "rejected blank": ({"rejected": [" b", " "]}, "'rejected' has ' ', expected texts that are not empty"),
+    "rejected null": ({"rejected": [" b", None]}, "'rejected' has None, expected texts"),
+    "rejected is chosen": ({"rejected": [" b", "Rosa paints in Naples.\n"]}, "expected texts other than 'chosen'"),
+    "chunks missing": ({"chunks": ...}, "'chunks' is missing, expected a list of 1 to n_chunks=6 lists"),
+    "chunks none": ({"chunks": []}, "'chunks' is [], expected a list of 1 to n_chunks=6 lists"),
+    "chunks text": ({"chunks": "abc"}, "'chunks' is 'abc', expected a list"),
+    "chunks too many": ({"chunks": [[5]] * 7}, "expected a list of 1 to n_chunks=6 lists of token ids"),
+    "chunk empty": ({"chunks": [[5], []]}, CHUNK.format("[]")),
+    "chunk number": ({"chunks": [[5], 6]}, CHUNK.format("6")),
+    "chunk nested": ({"chunks": [[5], [[6]]]}, CHUNK.format("[[6]]")),
+    "token fraction": ({"chunks": [[5], [300.7]]}, CHUNK.format("[300.7]")),
+    "token null": ({"chunks": [[5], [6, None]]}, CHUNK.format("[6, None]")),
+    "token bool": ({"chunks": [[5], [6, True]]}, CHUNK.format("[6, True]")),
+    "token text": ({"chunks": [[5], ["6"]]}, CHUNK.format("['6']")),
+    "token negative": ({"chunks": [[5], [6, -100]]}, "chunk 1 has token ids from -100 to 6, expected 0 to 550"),
+    "token past the vocabulary": ({"chunks": [[5], [551]]}, "chunk 1 has token ids from 551 to 551, expected 0 to 550"),
+    "token of 64 bits": ({"chunks": [[5], [1 << 63]]}, "chunk 1 has token ids from 9223372036854775808 to"),
+    "answer too long": ({"chosen": " Rosa" * 1000}, "positions, window is 1024: raise window, or build pairs with a lower n_chunks"),
+    "rejected too long": ({"rejected": [" b", " Rosa" * 1000]}, "positions, window is 1024: raise window"),
+    "question too long": ({"question": "Rosa? " * 1000}, "positions, window is 1024: raise window"),
+}
+
+
+@pytest.mark.parametrize("change, message", BAD_ROWS.values(), ids=BAD_ROWS)
+def test_a_pair_that_cannot_be_trained_on_is_named_before_any_work(tmp_path, tokenizer, change, message):
+    row = {key: value for key, value in {**ROW, "id": 4, **change}.items() if value is not ...}
+    path = write(tmp_path / "p.jsonl", {"settings": {}}, ROW, row)
+    with pytest.raises(BadInput) as error:
+        data.load_pairs(path, config(), tokenizer)
+    assert str(error.value).startswith(f"{path}, line 3: ") and message in str(error.value)
+    assert len(str(error.value)) < 400 and "\n" not in str(error.value)
+
+
+def test_what_just_fits_the_window_is_a_pair_and_one_position_less_is_none(tmp_path, tokenizer):
+    """The check's arithmetic against the stream itself: the last position of the group is the last of the window."""
+    path = write(tmp_path / "p.jsonl", ROW)
+    group = data.encode_group(data.load_pairs(path, config(), tokenizer)[0], tokenizer, config("positions=none"))
+    needed = int(group.positions.max()) + 2  # the longest answer's last token is a target, at no position of its own
+    pair, = data.load_pairs(path, config(f"window={needed}"), tokenizer)
+    for draw in range(4):
+        assert data.encode_group(pair, tokenizer, config(f"window={needed}"), draw).positions.max() < needed
+    with pytest.raises(BadInput, match=f"line 1: .* need {needed} positions, window is {needed - 1}"):
+        data.load_pairs(path, config(f"window={needed - 1}"), tokenizer)
+
+
+def test_two_pairs_of_one_id_are_refused(tmp_path, tokenizer):
+    path = write(tmp_path / "p.jsonl", ROW, {"id": 4, "dropped": "chosen wrong"}, ROW)
+    with pytest.raises(BadInput, match="line 3: 'id' is 3, which line 1 has already"):
+        data.load_pairs(path, config(), tokenizer)
+
+
+def test_pairs_of_another_tokenizer_are_refused_by_name(tmp_path, tokenizer):
+    path = write(tmp_path / "p.jsonl", {"settings": {"tokenizer": "0123456789abcdef"}}, ROW)
+    with pytest.raises(BadInput, match=f"with digest '0123456789abcdef', the one here has '{tokenizer.digest}'"):
+        data.load_pairs(path, config(), tokenizer)
+
+
+def test_a_header_holds_the_settings(tmp_path):
+    assert data.read_header(write(tmp_path / "a", {"settings": {"window": 5}}, ROW)) == {"window": 5}
+    assert data.read_header(write(tmp_path / "b", ROW)) == data.read_header(write(tmp_path / "c")) == {}
+    with pytest.raises(BadInput, match="d, line 1: 'settings' is 5, expected a JSON object"):
+        data.read_header(write(tmp_path / "d", {"settings": 5}, ROW))
+
+
+@pytest.mark.parametrize("content, message", [
+    (b"", "p.jsonl: no pairs in it"), (b'{"settings": {}}\n{"id": 0, "dropped": "x"}\n', "p.jsonl: no pairs in it"),
+    (b"PK\x03\x04", "line 1: not JSON"), (b"\n", "line 1: not JSON"), (b"[]\n", "line 1: expected a JSON object, found \\[\\]"),
+    (b"[" * 100000, "line 1: not JSON"), (b'{"id": ' + b"9" * 5000, "line 1: not JSON"),
+    (b'{"settings": {}}\n{"settings": {}}\n', "line 2: 'id' is missing")], ids=range(8))
+def test_a_file_of_something_else_is_refused(tmp_path, tokenizer, content, message):
+    (tmp_path / "p.jsonl").write_bytes(content)
+    with pytest.raises(BadInput, match=message):
+        data.load_pairs(str(tmp_path / "p.jsonl"), config(), tokenizer)
+
+
+def test_a_file_that_is_not_there_or_is_a_folder_is_refused(tmp_path, tokenizer):
+    for path in (tmp_path / "nothing", tmp_path):
+        with pytest.raises(BadInput, match=f"{path.name}: no such file"):
+            data.load_pairs(str(path), config(), tokenizer)
+
+
+JUNK = st.recursive(st.none() | st.booleans() | st.floats() | st.text(st.characters(), max_size=9) | st.integers(-3, 600)
+                    | st.sampled_from([300.7, 2**63, -2**63, 2**70, 2**32, 550, 551, " Rosa sings.", "\ud800", "<|im_end|>"]),
+                    lambda inner: st.lists(inner, max_size=7) | st.dictionaries(st.text(max_size=3), inner, max_size=2), max_leaves=9)
+PLACES = [(key,) for key in ROW] + [("chunks", 0), ("chunks", 1), ("chunks", 0, 3), ("rejected", 0), ("rejected", 1), ("dropped",)]
+CHANGES = st.lists(st.tuples(st.sampled_from(PLACES), JUNK | st.just(...)), min_size=1, max_size=3)
+
+
+def changed(row, changes):
+    """A copy of a row with other values, or with keys missing (...), at some places."""
+    row = copy.deepcopy(row)
+    for (*way, last), value in changes:
+        try:
+            holder = row
+            for step in way:
+                holder = holder[step]
+            if value is ...:
+                del holder[last]
+            else:
+                holder[last] = value
+        except (KeyError, IndexError, TypeError):
+            pass  # an earlier change has taken that place away
+    return row
+
+
+@settings(max_examples=2000, deadline=None, derandomize=True, database=None)
+@given(CHANGES)
+def test_whatever_a_line_holds_it_is_refused_or_becomes_a_batch(tmp_path_factory, changes):
+    path = tmp_path_factory.getbasetemp() / "fuzz.jsonl"
+    accepted_or_refused(write(path, changed(ROW, changes)))
+
+
+def test_whatever_bytes_a_file_holds_it_is_refused_or_becomes_a_batch(tmp_path):
+    """Two lines with a few bytes turned, taken out or doubled."""
+    rng = random.Random(0)
+    whole = Path(write(tmp_path / "fuzz.jsonl", {"settings": {"window": 9}}, ROW)).read_bytes()
+    batches = 0
+    for _ in range(2000):
+        content = bytearray(whole)
+        for _ in range(rng.randint(1, 3)):
+            place = rng.randrange(len(content))
+            content[place:place + rng.randint(0, 2)] = rng.choice([b"", b"\xff", b"0", b'"', b"]", b"9999", b"\n", b"\x00", b"-"])
+        (tmp_path / "fuzz.jsonl").write_bytes(content)
+        batches += accepted_or_refused(str(tmp_path / "fuzz.jsonl"))
+    assert 100 < batches < 1900
+
+
+FUZZED = config("window=160")
+
+
+def accepted_or_refused(path, tokenizer=load_tokenizer(TINY)):
+    """Whether the file made a batch that a model can take; BadInput is the only other end."""
+    try:
+        pairs = data.load_pairs(path, FUZZED, tokenizer)
+    except BadInput as error:
+        assert str(error).startswith(path) and len(str(error)) < 500
+        return False
+    pairs += [{**pair, "id": pair["id"] + 1} for pair in pairs]
+    batch = data.collate([data.encode_group(pair, tokenizer, FUZZED, draw=3) for pair in pairs])
+    assert 0 <= batch.tokens.min() and batch.tokens.max() < tokenizer.vocab_size
+    assert 0 <= batch.positions.min() and batch.positions.max() < FUZZED["window"]
+    scored = batch.targets[batch.targets != IGNORE]
+    assert 0 <= scored.min() and scored.max() < tokenizer.vocab_size
+    assert len(batch.segments) == 4 * len(pairs)
+    assert all((batch.targets[s.start:s.end] != IGNORE).all() for s in batch.segments if s.prefix_end)
+    return True
