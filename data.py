@@ -47,16 +47,7 @@ def random_stream(tag: str, *numbers: int) -> np.random.Generator:
 
 # -------------------------------------------------------------------------------- chunks and scores
 
-COMMON = set("""
-a about after again against all also although an and another any are as at be because been before
-being below between both but by came can come could did do does doing done down during each else
-even ever every few first for from gave give going good had has have having he her here hers him
-himself his how i if in into is it its itself just know last less like made make many may me more
-most much must my name never next no nor not now of off on once only or other our out over own same
-she should since so some still such take than that the their them then there these they thing this
-those through time to too under until up upon us used very want was we well went were what when
-where which while who whom whose why will with within without would year yes you your yours
-""".split())
+COMMON = set(["a", "about", "after", "again", "against", "all", "also", "although", "an", "and", "another", "any", "are", "as", "at", "be", "because", "been", "before", "being", "below", "between", "both", "but", "by", "came", "can", "come", "could", "did", "do", "does", "doing", "done", "down", "during", "each", "else", "even", "ever", "every", "few", "first", "for", "from", "gave", "give", "going", "good", "had", "has", "have", "having", "he", "her", "here", "hers", "him", "himself", "his", "how", "i", "if", "in", "into", "is", "it", "its", "itself", "just", "know", "last", "less", "like", "made", "make", "many", "may", "me", "more", "most", "much", "must", "my", "name", "never", "next", "no", "nor", "not", "now", "of", "off", "on", "once", "only", "or", "other", "our", "out", "over", "own", "same", "she", "should", "since", "so", "some", "still", "such", "take", "than", "that", "the", "their", "them", "then", "there", "these", "they", "thing", "this", "those", "through", "time", "to", "too", "under", "until", "up", "upon", "us", "used", "very", "want", "was", "we", "well", "went", "were", "what", "when", "where", "which", "while", "who", "whom", "whose", "why", "will", "with", "within", "without", "would", "year", "yes", "you", "your", "yours"])
 # 3.50 and 1,000 are one word each: their parts would be found in any text with numbers.
 WORD = re.compile(r"\w+(?:[.,]\d+)*")
 
@@ -514,18 +505,22 @@ def read_lines(path: str) -> Iterator[tuple[int, dict]]:
     if not os.path.isfile(path):
         raise BadInput(f"{path}: no such file")
     try:
-        lines = open(path, encoding="utf-8", errors="surrogateescape")
+        with open(path, encoding="utf-8", errors="surrogateescape") as f:
+            for number, line in enumerate(f, 1):
+                yield number, parsed(line, f"{path}, line {number}")
     except OSError as e:
         raise BadInput(f"{path}: cannot be read ({e.strerror})") from e
-    with lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as e:
-                raise BadInput(f"{path}, line {number}: not JSON ({e})") from e
-            if not isinstance(row, dict):
-                raise BadInput(f"{path}, line {number}: expected a JSON object, found {shown(row)}")
-            yield number, row
+
+
+def parsed(line: str, where: str) -> dict:
+    """The JSON object in a line."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as e:
+        raise BadInput(f"{where}: not JSON ({e})") from e
+    if not isinstance(row, dict):
+        raise BadInput(f"{where}: expected a JSON object, found {shown(row)}")
+    return row
 
 
 def read_header(path: str) -> dict:

@@ -531,10 +531,12 @@ def test_whatever_bytes_a_file_holds_it_is_refused_or_becomes_a_batch(tmp_path):
 
 
 FUZZED = config("window=160")
+TOKENIZER = load_tokenizer(TINY)
 
 
-def accepted_or_refused(path, tokenizer=load_tokenizer(TINY)):
+def accepted_or_refused(path):
     """Whether the file made a batch that a model can take; BadInput is the only other end."""
+    tokenizer = TOKENIZER
     try:
         pairs = data.load_pairs(path, FUZZED, tokenizer)
     except BadInput as error:
