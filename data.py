@@ -47,7 +47,17 @@ def random_stream(tag: str, *numbers: int) -> np.random.Generator:
 
 # -------------------------------------------------------------------------------- chunks and scores
 
-COMMON = set(["a", "about", "after", "again", "against", "all", "also", "although", "an", "and", "another", "any", "are", "as", "at", "be", "because", "been", "before", "being", "below", "between", "both", "but", "by", "came", "can", "come", "could", "did", "do", "does", "doing", "done", "down", "during", "each", "else", "even", "ever", "every", "few", "first", "for", "from", "gave", "give", "going", "good", "had", "has", "have", "having", "he", "her", "here", "hers", "him", "himself", "his", "how", "i", "if", "in", "into", "is", "it", "its", "itself", "just", "know", "last", "less", "like", "made", "make", "many", "may", "me", "more", "most", "much", "must", "my", "name", "never", "next", "no", "nor", "not", "now", "of", "off", "on", "once", "only", "or", "other", "our", "out", "over", "own", "same", "she", "should", "since", "so", "some", "still", "such", "take", "than", "that", "the", "their", "them", "then", "there", "these", "they", "thing", "this", "those", "through", "time", "to", "too", "under", "until", "up", "upon", "us", "used", "very", "want", "was", "we", "well", "went", "were", "what", "when", "where", "which", "while", "who", "whom", "whose", "why", "will", "with", "within", "without", "would", "year", "yes", "you", "your", "yours"])
+COMMON_WORDS = """
+a about after again against all also although an and another any are as at be because been before
+being below between both but by came can come could did do does doing done down during each else
+even ever every few first for from gave give going good had has have having he her here hers him
+himself his how i if in into is it its itself just know last less like made make many may me more
+most much must my name never next no nor not now of off on once only or other our out over own same
+she should since so some still such take than that the their them then there these they thing this
+those through time to too under until up upon us used very want was we well went were what when
+where which while who whom whose why will with within without would year yes you your yours
+"""
+COMMON = set(COMMON_WORDS.split())
 # 3.50 and 1,000 are one word each: their parts would be found in any text with numbers.
 WORD = re.compile(r"\w+(?:[.,]\d+)*")
 
