@@ -2,6 +2,7 @@
 import pytest
 import torch
 from test_model import WINDOW, gaps, hf_model, reopen, rows
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -130,6 +131,15 @@ def test_a_decoding_step_copies_nothing_of_the_cache():
     with Allocations() as made:  # and a copy would be seen
         attend_one_query(q, k.contiguous(), v, seen)
     assert made.largest >= k.numel()
+
+
+def test_not_even_the_math_kernel_repeats_the_cache_for_each_query_head():
+    """What GPUs may fall back to. It copies keys once, as they do not lie as it wants them, but never H / K times."""
+    N, H, K, S, D = 2, 8, 2, 256, 16
+    q, k, v = torch.randn(N, H, D), cache_of(N, K, S, D), cache_of(N, K, S, D, seed=1)
+    with sdpa_kernel(SDPBackend.MATH), Allocations() as made:
+        attend_one_query(q, k, v, torch.ones(N, 1, 1, S, dtype=torch.bool))
+    assert made.largest <= k.numel()
 
 
 def test_the_arg_max_takes_fp32_scores():

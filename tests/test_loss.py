@@ -110,7 +110,8 @@ def test_metrics_by_hand():
     loss, metrics = logo_loss(chosen, rejected, beta=2.0, gamma=1.0, sft_weight=0.5)
     margins = np.array([3.0, 1.0, -1.0, 0.0])  # 2 * (chosen - mean of rejected)
     preference = np.log1p(np.exp(-(margins - 1.0))).mean()
-    expected = {"preference": preference, "nll": 1.75, "rewards/margins": 0.75, "rewards/accuracies": 0.5, "rewards/accuracies_all": 0.25,
+    expected = {"preference": preference, "nll": 1.75, "rewards/margins": 0.75,
+                "rewards/accuracies": 0.5, "rewards/accuracies_all": 0.25,
                 "logps/chosen": -1.75, "logps/rejected": -2.125}
     assert {name: value.item() for name, value in metrics.items()} == pytest.approx(expected, abs=1e-6)
     assert loss.item() == pytest.approx(preference + 0.5 * 1.75)
