@@ -1,113 +1,171 @@
 """What goes to disk and comes back: Hugging Face folders, PEFT adapters, and checkpoints to resume from.
 
-    model folder    config.json, model*.safetensors, tokenizer      load_pretrained, load_weights, save_pretrained
+    model folder    config.json, model*.safetensors, tokenizer      load_pretrained, save_pretrained
     adapter         adapter_config.json, adapter_model.safetensors  load_adapter, save_adapter
     step_000100/    state.json, shard_I_of_N.safetensors            load_checkpoint, save_checkpoint
 
     python checkpoint.py merge FOLDER OUT [BASE]    FOLDER, an adapter or a step_ folder, as a model folder
 
-A parameter may be sharded (a DTensor of FSDP2): every process then reads and writes the rows that it owns, straight
-from and to the files, so none ever holds the model. Folders are written under another name, synced, then renamed.
-Nothing here is pickled.
+A parameter may be sharded (a DTensor of FSDP2): every process then reads and writes the rows that it
+owns, straight from and to the files, so none ever holds the model. Folders are written under another
+name, synced, then renamed: a kill at any moment leaves the old one or the new one, whole.
+
+Why not torch.distributed.checkpoint for the training state? Its safetensors storage was tried (PyTorch
+2.13): it leaves no pickle behind and comes back equal to the bit in another number of processes. But a
+shard that is lost from the middle loads in silence and leaves its rows as they were, a flipped bit too,
+and each process copies its whole share once more in memory before it writes. Digests, renaming and the
+agreement on errors would stay ours, and so would the rows of sharded weights, which exports need as well.
 """
 import glob
 import hashlib
 import json
+import math
 import os
+import re
 import shutil
 import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from configs import BadInput, exit_on_bad_input, read_json, write_json
+from configs import BadInput, exit_on_bad_input, read_json, reading, write_json
 from model import Llama, LlamaConfig, LoRALinear
 
 SHARD_BYTES = 4 << 30  # of one file of an exported model
+FLOATS = ("F64", "F32", "F16", "BF16")  # what safetensors calls the dtypes that a weight may have
 PEFT = "base_model.model."  # what PEFT writes before each name
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
-                   "added_tokens.json", "chat_template.jinja", "generation_config.json")
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, under torch's names
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json",
+                   "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+                   "generation_config.json")
 
 
-# ------------------------------------------------------------------------------------------------ rows in files
+# ------------------------------------------------------------------------------- reading tensors
 
-def own_rows(p):
-    """(local tensor, its first row, one past its last) of a parameter; all of it, where it is not sharded."""
-    if not isinstance(p, DTensor):
-        return p.detach(), 0, len(p)
-    local, dim = p.detach().to_local(), p.device_mesh.ndim - 1      # hybrid: the last mesh dimension shards
-    each = -(-len(p) // p.device_mesh.size(dim))
-    first = min(p.device_mesh.get_local_rank(dim) * each, len(p))
-    return local, first, first + len(local)
-
-
-def read_rows(p, key, paths):
-    """Fill this process's rows of a parameter from files that hold consecutive rows of it under one key."""
-    local, first, last = own_rows(p)
-    row = 0
-    for path in paths:
-        with open_safetensors(path) as f:  # opened anew for each tensor: lets go of the last one's mapped pages
-            rows = f.get_slice(key)
-            count = rows.get_shape()[0]
-            a, b = max(first, row), min(last, row + count)
-            if a < b:
-                local[a - first:b - first].copy_(rows[a - row:b - row])
-            row += count
-
-
-def read_parameters(wanted, files, where, ignore=()):
-    """Fill {key: parameter} from {key: path}. BadInput, before anything is read, for names or shapes that differ."""
-    missing = sorted(wanted.keys() - files.keys())
-    extra = sorted(name for name in files.keys() - wanted.keys() if not any(part in name for part in ignore))
-    if missing or extra:
-        name, what = (missing[0], "missing") if missing else (extra[0], "not a tensor of this model")
-        raise BadInput(f"{where}: {name} is {what} ({len(missing)} missing, {len(extra)} unexpected)")
-    for path in sorted({files[key] for key in wanted}):
-        with open_safetensors(path) as f:
-            for key in (key for key in wanted if files[key] == path):
-                shape, expected = f.get_slice(key).get_shape(), list(wanted[key].shape)
-                if shape != expected:
-                    raise BadInput(f"{path}: {key} has shape {shape}, expected {expected} (config.json)")
-    for key, p in wanted.items():
-        read_rows(p, key, [files[key]])
-
-
-def full_tensor(p):
-    """The full tensor, on the CPU. Of a sharded one all processes have to ask."""
-    p = p.detach()
-    return (p.to(p.device_mesh.device_type).full_tensor() if isinstance(p, DTensor) else p).cpu()
-
-
-def open_safetensors(path):
+def open_safetensors(path: str) -> safe_open:
+    """An open safetensors file, to be used in a with statement."""
     try:
         return safe_open(path, framework="pt")
     except (OSError, SafetensorError) as e:
         raise BadInput(f"{path}: not a readable safetensors file ({e})") from e
 
 
-def write_tensors(tensors, path):
+def tensor_names(path: str) -> list[str]:
+    """The names of the tensors in a file."""
+    with open_safetensors(path) as f:
+        return list(f.keys())
+
+
+def own_rows(p: Tensor) -> tuple[Tensor, int, int]:
+    """(local tensor, its first row, one past its last): this process's part of a sharded parameter.
+
+    Of a parameter that is not sharded, all of it.
+    """
+    if not isinstance(p, DTensor):
+        return p.detach(), 0, len(p)
+    local = p.detach().to_local()
+    # FSDP2 cuts dimension 0 as torch.chunk does. Of a hybrid mesh, the last dimension shards.
+    dim = p.device_mesh.ndim - 1
+    each = math.ceil(len(p) / p.device_mesh.size(dim))
+    first = min(p.device_mesh.get_local_rank(dim) * each, len(p))
+    return local, first, first + len(local)
+
+
+def read_rows(p: Tensor, key: str, paths: list[str]) -> None:
+    """Fill this process's rows of a parameter from files that hold consecutive rows of it under one key."""
+    local, first, last = own_rows(p)
+    row = 0
+    for path in paths:
+        # Opened anew for each tensor: closing a file lets go of the pages that it had mapped.
+        with open_safetensors(path) as f:
+            rows = f.get_slice(key)
+            count = rows.get_shape()[0]
+            start = max(first, row)
+            end = min(last, row + count)
+            if start < end:
+                local[start - first:end - first].copy_(rows[start - row:end - row])
+            row += count
+
+
+def check_parameters(wanted: dict[str, Tensor], files: dict[str, str], where: str,
+                     ignore: tuple[str, ...] = ()) -> None:
+    """BadInput if {key: path} is not what {key: parameter} needs: by names, shapes, kinds of number.
+
+    ignore: parts of names that a file may have beyond what is wanted.
+    """
+    missing = sorted(wanted.keys() - files.keys())
+    unexpected = []
+    for name in sorted(files.keys() - wanted.keys()):
+        if not any(part in name for part in ignore):
+            unexpected.append(name)
+    counts = f"({len(missing)} missing, {len(unexpected)} unexpected)"
+    if missing:
+        raise BadInput(f"{where}: {missing[0]} is missing {counts}")
+    if unexpected:
+        raise BadInput(f"{where}: {unexpected[0]} is not a tensor of this model {counts}")
+    for path in sorted({files[key] for key in wanted}):
+        with open_safetensors(path) as f:
+            for key, p in wanted.items():
+                if files[key] == path:
+                    check_tensor(f.get_slice(key), key, list(p.shape), path)
+
+
+def check_tensor(found, key: str, expected: list[int], path: str) -> None:
+    """BadInput for another shape, or for whole numbers (quantised weights) that would be taken as floats."""
+    if found.get_shape() != expected:
+        raise BadInput(f"{path}: {key} has shape {found.get_shape()}, expected {expected} (config.json)")
+    if found.get_dtype() not in FLOATS:
+        raise BadInput(f"{path}: {key} has dtype {found.get_dtype()}, expected one of {', '.join(FLOATS)}")
+
+
+def read_parameters(wanted: dict[str, Tensor], files: dict[str, str], where: str,
+                    ignore: tuple[str, ...] = ()) -> None:
+    """Fill {key: parameter} from {key: path}, all of it checked before anything is read."""
+    check_parameters(wanted, files, where, ignore)
+    for key, p in wanted.items():
+        read_rows(p, key, [files[key]])
+
+
+# ------------------------------------------------------------------------------- writing folders
+
+def full_tensor(p: Tensor) -> Tensor:
+    """The full tensor, on the CPU. Of a sharded one all processes have to ask."""
+    p = p.detach()
+    if isinstance(p, DTensor):
+        # Offloaded parameters lie on the CPU, NCCL gathers on the GPU.
+        p = p.to(p.device_mesh.device_type).full_tensor()
+    return p.cpu()
+
+
+def write_tensors(tensors: dict[str, Tensor], path: str) -> None:
     """One safetensors file, on the disk when this returns."""
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
-    umask = os.umask(0)
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(contiguous, path, metadata={"format": "pt"})
+    umask = os.umask(0)  # there is no way to ask for it without setting it
     os.umask(umask)
     os.chmod(path, 0o666 & ~umask)  # safetensors makes it the owner's alone
     sync(path)
 
 
-def sync(path):
+def sync(path: str) -> None:
+    """Wait until a file's content, or a folder's list of names, is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     os.fsync(handle)
     os.close(handle)
 
 
-def put_in_place(tmp, folder):
+def put_in_place(tmp: str, folder: str) -> None:
     """Give a finished folder its name. What had it before goes only then."""
-    for path in [*glob.glob(os.path.join(tmp, "*")), tmp]:
+    for path in glob.glob(os.path.join(glob.escape(tmp), "*")):
         sync(path)
+    sync(tmp)
     shutil.rmtree(folder + ".old", ignore_errors=True)
     if os.path.exists(folder):
         os.rename(folder, folder + ".old")
@@ -117,79 +175,182 @@ def put_in_place(tmp, folder):
 
 
 @contextmanager
-def writing(folder):
-    """with writing(folder) as tmp: fill tmp, which becomes folder at the end; a failed write leaves nothing behind."""
-    tmp = f"{folder}.tmp"
+def writing(folder: str) -> Iterator[str]:
+    """with writing(folder) as tmp: fill tmp, which becomes folder at the end. A failure leaves nothing behind."""
+    folder = os.path.normpath(folder)  # "OUT/" + ".tmp" would be a file inside of it
+    tmp = folder + ".tmp"
     shutil.rmtree(tmp, ignore_errors=True)
     try:
         os.makedirs(tmp)
         yield tmp
-        put_in_place(tmp, str(folder))
+        put_in_place(tmp, folder)
     except (OSError, SafetensorError) as e:
         raise BadInput(f"{folder}: cannot be written ({e})") from e
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
 
 
-# ------------------------------------------------------------------------------------------------ config.json
+# ------------------------------------------------------------------------------- config.json
 
-def read_config(path):
-    """Read config.json in either dialect. BadInput names what cannot be run."""
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias")
+ROPE_NUMBERS = {  # what each kind of scaling cannot do without
+    "default": (),
+    "linear": ("factor",),
+    "yarn": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+YARN_NUMBERS = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim",
+                "original_max_position_embeddings")  # and what YaRN may say besides
+
+
+def refuse(path: str, key: str, value: Any, expected: str) -> NoReturn:
+    raise BadInput(f"{path}: {key} is {value!r}, expected {expected}")
+
+
+def is_size(value: Any) -> bool:
+    """A whole number from 1 to 2^31 - 1. True is an int in Python, and no size."""
+    return type(value) is int and 0 < value < 1 << 31
+
+
+def is_positive(value: Any) -> bool:
+    """A number above 0. JSON as Python reads it knows NaN and Infinity, which are none."""
+    return type(value) in (int, float) and 0 < value < math.inf
+
+
+def read_config(path: str) -> LlamaConfig:
+    """config.json, in the dialect of transformers 4 or 5, as a LlamaConfig.
+
+    BadInput names the key of what this model does not implement, or what is no size, number or flag.
+    """
     raw = read_json(path)
+    with reading(path):
+        check_architecture(raw, path)
+        return LlamaConfig(**read_sizes(raw, path), **read_options(raw, path),
+                           rope=read_rope(raw, path), raw=raw)
+
+
+def check_architecture(raw: dict, path: str) -> None:
+    """BadInput for what would run here and mean something else."""
     kind = raw.get("model_type")
     if kind not in ("llama", "mistral"):
-        raise BadInput(f"{path}: model_type is {kind!r}, expected 'llama' or 'mistral'")
-    for key, allowed in (("sliding_window", (None,)), ("quantization_config", (None,)),
-                         ("hidden_act", (None, "silu")), ("partial_rotary_factor", (None, 1.0))):
+        refuse(path, "model_type", kind, "'llama' or 'mistral'")
+    only = {"sliding_window": [None], "quantization_config": [None], "hidden_act": [None, "silu"],
+            "partial_rotary_factor": [None, 1.0]}
+    for key, allowed in only.items():
         if raw.get(key) not in allowed:
             raise BadInput(f"{path}: {key} is {raw[key]!r}, which this model does not implement")
-    missing = [key for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-                               "num_attention_heads") if not isinstance(raw.get(key), int)]
-    if missing:
-        raise BadInput(f"{path}: no whole number under {', '.join(missing)}")
-    heads = raw["num_attention_heads"]
-    known = {key: raw[key] for key in LlamaConfig.__dataclass_fields__ if raw.get(key) is not None and key != "raw"}
-    return LlamaConfig(**{"num_key_value_heads": heads, "head_dim": raw["hidden_size"] // heads,
-                  "max_position_embeddings": 2048, **known, "rope": read_rope(raw, path), "raw": raw})
+    if kind == "mistral" and "sliding_window" not in raw:
+        # transformers then takes 4096, which is not implemented here.
+        raise BadInput(f"{path}: no sliding_window, which means 4096 for a mistral: expected null")
 
 
-def config_json(config):
-    """The dict to write as config.json: the file that was read, with what may have changed since."""
-    names = [key for key in config.__dataclass_fields__ if key not in ("rope", "raw")]
-    raw = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu", **config.raw,
-           **{key: getattr(config, key) for key in names}}
-    raw.pop("torch_dtype", None)  # the older name of dtype: two that disagree would mislead a reader
-    if "rope_parameters" in raw:  # the dialect of transformers 5
-        return {**raw, "rope_parameters": config.rope}
-    scaling = {key: value for key, value in config.rope.items() if key != "rope_theta"}
-    return {**raw, "rope_theta": config.rope["rope_theta"],
-            "rope_scaling": None if scaling["rope_type"] == "default" else scaling}
+def read_sizes(raw: dict, path: str) -> dict[str, int]:
+    """The whole numbers of a LlamaConfig, each at least 1 and fitting the others."""
+    sizes = {key: raw.get(key) for key in SIZES}
+    for key, value in sizes.items():
+        if not is_size(value):
+            refuse(path, key, value, "a whole number of at least 1")
+    heads = sizes["num_attention_heads"]
+    derived = {"num_key_value_heads": heads, "head_dim": sizes["hidden_size"] // heads,
+               "max_position_embeddings": 2048}
+    for key, default in derived.items():
+        sizes[key] = default if raw.get(key) is None else raw[key]
+        if not is_size(sizes[key]):
+            refuse(path, key, sizes[key], "a whole number of at least 1")
+    if raw.get("head_dim") is None and sizes["hidden_size"] % heads:
+        refuse(path, "num_attention_heads", heads, f"a divisor of hidden_size={sizes['hidden_size']}")
+    if heads % sizes["num_key_value_heads"]:
+        refuse(path, "num_key_value_heads", sizes["num_key_value_heads"],
+               f"a divisor of num_attention_heads={heads}")
+    if sizes["head_dim"] % 2:
+        refuse(path, "head_dim", sizes["head_dim"], "an even number: rotary positions turn pairs")
+    return sizes
 
 
-def read_rope(raw, path):
-    """One dict {"rope_type", "rope_theta", ...} from `rope_parameters`, or from `rope_theta` + `rope_scaling`."""
-    rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
-    rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type") or "default"  # "type" is the oldest spelling
-    rope.setdefault("rope_theta", raw.get("rope_theta") or 10000.0)
-    needed = {"default": (), "linear": ("factor",), "yarn": ("factor",),
-              "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
-    if rope["rope_type"] not in needed:
-        raise BadInput(f"{path}: rope_type is {rope['rope_type']!r}, expected one of {', '.join(needed)}")
-    for key in needed[rope["rope_type"]]:
-        if not isinstance(rope.get(key), (int, float)):
-            raise BadInput(f"{path}: rope_type {rope['rope_type']!r} needs a number {key!r}, found {rope.get(key)!r}")
+def read_options(raw: dict, path: str) -> dict[str, float | bool]:
+    """rms_norm_eps and the flags, as far as the file has them."""
+    options = {key: raw[key] for key in ("rms_norm_eps", *FLAGS) if raw.get(key) is not None}
+    for key, value in options.items():
+        if key in FLAGS and type(value) is not bool:
+            refuse(path, key, value, "true or false")
+        if key not in FLAGS and not is_positive(value):
+            refuse(path, key, value, "a positive number")
+    return options
+
+
+def read_rope(raw: dict, path: str) -> dict[str, Any]:
+    """One dict {"rope_type", "rope_theta", ...} out of both dialects.
+
+    transformers 5 writes rope_parameters, older ones rope_theta and rope_scaling. Where a file has all
+    of them, rope_scaling counts, as in transformers.
+    """
+    for key in ("rope_scaling", "rope_parameters"):
+        if raw.get(key) is not None and not isinstance(raw[key], dict):
+            refuse(path, key, raw[key], "an object or null")
+    rope = dict(raw.get("rope_scaling") or raw.get("rope_parameters") or {})
+    oldest = rope.pop("type", None)  # the spelling before rope_type
+    rope["rope_type"] = oldest or rope.get("rope_type") or "default"
+    if rope.get("rope_theta") is None:
+        rope["rope_theta"] = 10000.0 if raw.get("rope_theta") is None else raw["rope_theta"]
+    check_rope(rope, path)
     return rope
 
 
-# ------------------------------------------------------------------------------------------------ model folders
+def check_rope(rope: dict[str, Any], path: str) -> None:
+    kind = rope["rope_type"]
+    if kind not in ROPE_NUMBERS:
+        refuse(path, "rope_type", kind, f"one of {', '.join(ROPE_NUMBERS)}")
+    for key, value in rope.items():
+        if isinstance(value, dict) or key == "partial_rotary_factor" and value not in (None, 1.0):
+            raise BadInput(f"{path}: {key} is {value!r}, which this model does not implement")
+    if not is_positive(rope["rope_theta"]) or rope["rope_theta"] <= 1:
+        refuse(path, "rope_theta", rope["rope_theta"], "a number above 1")
+    for key in ROPE_NUMBERS[kind]:
+        if not is_positive(rope.get(key)):
+            refuse(path, key, rope.get(key), f"a positive number for rope_type {kind!r}")
+    if kind == "yarn":
+        for key in YARN_NUMBERS:
+            if rope.get(key) is not None and not is_positive(rope[key]):
+                refuse(path, key, rope[key], "a positive number or null")
+        if type(rope.get("truncate", True)) is not bool:
+            refuse(path, "truncate", rope["truncate"], "true or false")
+    if kind == "llama3" and rope["low_freq_factor"] >= rope["high_freq_factor"]:
+        refuse(path, "low_freq_factor", rope["low_freq_factor"],
+               f"less than high_freq_factor={rope['high_freq_factor']}")
 
-def load_pretrained(folder, dtype=torch.float32, device="cpu", adapter=""):
+
+def config_json(config: LlamaConfig) -> dict[str, Any]:
+    """The dict to write as config.json: the file that was read, with what may have changed since."""
+    raw = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu"}
+    raw.update(config.raw)
+    for key in config.__dataclass_fields__:
+        if key not in ("rope", "raw"):
+            raw[key] = getattr(config, key)
+    raw.pop("torch_dtype", None)  # the older name of dtype: two that disagree would mislead a reader
+    five = raw.get("rope_parameters") is not None
+    if five:
+        raw["rope_parameters"] = dict(config.rope)
+    # A reader takes the dialect that it knows. So whatever stands in the file says the same.
+    if not five or raw.get("rope_scaling") is not None or "rope_theta" in raw:
+        scaling = {key: value for key, value in config.rope.items() if key != "rope_theta"}
+        raw["rope_theta"] = config.rope["rope_theta"]
+        raw["rope_scaling"] = None if scaling["rope_type"] == "default" else scaling
+    return raw
+
+
+# ------------------------------------------------------------------------------- model folders
+
+def load_pretrained(folder: str, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu",
+                    adapter: str = "") -> Llama:
     """A whole Llama from a Hugging Face folder, with a PEFT adapter on it where one is named."""
     config = read_config(os.path.join(folder, "config.json"))
     with torch.device("meta"):
         model = Llama(config)
         if adapter:
             model.train_only(**read_adapter(adapter, config))
+    # Before memory is taken: a wrong size in config.json may ask for more than there is.
+    check_parameters(base_parameters(model), weight_files(folder), folder, ignored_names(config))
     model = model.to(dtype).to_empty(device=device)
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight  # to_empty has parted them
@@ -199,14 +360,64 @@ def load_pretrained(folder, dtype=torch.float32, device="cpu", adapter=""):
     return model
 
 
-def load_weights(model, folder):
+def load_weights(model: Llama, folder: str) -> None:
     """Fill a model, sharded or not, from a folder; LoRA's matrices are not in it. BadInput names a wrong tensor."""
-    wanted = {name: p for name, p in model.named_parameters() if "lora_" not in name}
-    ignore = ("rotary_emb", "lm_head.weight") if model.config.tie_word_embeddings else ("rotary_emb",)
-    read_parameters(wanted, weight_files(folder), folder, ignore)
+    read_parameters(base_parameters(model), weight_files(folder), folder, ignored_names(model.config))
 
 
-def start_lora(model, seed):
+def base_parameters(model: Llama) -> dict[str, Tensor]:
+    """{name: parameter} without LoRA's matrices; a tied head is not among them."""
+    return {name: p for name, p in model.named_parameters() if "lora_" not in name}
+
+
+def ignored_names(config: LlamaConfig) -> tuple[str, ...]:
+    """What files hold though no model reads it: frequencies of old exports, the copy of a tied head."""
+    if config.tie_word_embeddings:
+        return ("rotary_emb", "lm_head.weight")
+    return ("rotary_emb",)
+
+
+def weight_files(folder: str) -> dict[str, str]:
+    """{tensor name: path} from model.safetensors, or from the files that model.safetensors.index.json names."""
+    index = os.path.join(folder, "model.safetensors.index.json")
+    single = os.path.join(folder, "model.safetensors")
+    if os.path.exists(index):
+        return indexed_files(index)
+    if os.path.exists(single):
+        return {name: single for name in tensor_names(single)}
+    raise BadInput(f"{folder}: neither model.safetensors nor model.safetensors.index.json is there")
+
+
+def indexed_files(index: str) -> dict[str, str]:
+    """{tensor name: path} as an index file says, each checked to be there."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise BadInput(f"{index}: no 'weight_map' from tensor names to files")
+    for name, file in weight_map.items():
+        # A downloaded folder must not reach into the rest of the disk.
+        if not isinstance(file, str) or not re.fullmatch(r"[^/\\\0]+\.safetensors", file):
+            refuse(index, name, file, "the name of a .safetensors file beside it, without a folder")
+    held = {}
+    for file in sorted(set(weight_map.values())):
+        held[file] = set(tensor_names(os.path.join(os.path.dirname(index), file)))
+    for name, file in sorted(weight_map.items()):
+        if name not in held[file]:
+            path = os.path.join(os.path.dirname(index), file)
+            raise BadInput(f"{path}: {name} is not in this shard, though {os.path.basename(index)} says so")
+    return {name: os.path.join(os.path.dirname(index), file) for name, file in weight_map.items()}
+
+
+def dtype_of(folder: str) -> torch.dtype:
+    """The dtype in which a model folder stores its weights."""
+    name = "model.norm.weight"
+    files = weight_files(folder)
+    if name not in files:
+        raise BadInput(f"{folder}: {name} is missing")
+    with open_safetensors(files[name]) as f:
+        return f.get_tensor(name).dtype
+
+
+def start_lora(model: Llama, seed: int) -> None:
     """A uniform as nn.Linear starts, B zero: the model begins as its base. The same for any number of processes."""
     generator = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():
@@ -218,194 +429,190 @@ def start_lora(model, seed):
             local.zero_()
 
 
-def merged(model, dtype=None):
-    """(name, full tensor) of each weight, LoRA added in float32 and rounded once. All processes have to iterate."""
-    for name, p in model.named_parameters():
-        if "lora_" in name:
-            continue
-        module, tensor = model.get_submodule(name.rpartition(".")[0]), full_tensor(p)
+def merged_weights(model: Llama, dtype: torch.dtype | None = None) -> Iterator[Tensor]:
+    """The full tensor of each of base_parameters, with LoRA's product on it. All processes have to iterate.
+
+    The product is added in float32 and the sum rounded once, to `dtype` (None: to that of the weight).
+    """
+    for name, p in base_parameters(model).items():
+        module = model.get_submodule(name.rpartition(".")[0])
+        tensor = full_tensor(p)
+        target = dtype or tensor.dtype
         if isinstance(module, LoRALinear) and name.endswith(".weight"):
-            A, B = (full_tensor(part.weight).float() for part in (module.lora_A, module.lora_B))
-            tensor = (tensor.float() + module.scale * (B @ A)).to(tensor.dtype if dtype is None else dtype)
-        yield name, tensor if dtype is None else tensor.to(dtype)
+            A = full_tensor(module.lora_A.weight).float()
+            B = full_tensor(module.lora_B.weight).float()
+            tensor = tensor.float() + module.scale * (B @ A)
+        yield tensor.to(target)
 
 
-def save_pretrained(model, folder, dtype=None, tokenizer=None, write=True):
+def save_pretrained(model: Llama, folder: str, dtype: torch.dtype | None = None,
+                    tokenizer: str | None = None, write: bool = True) -> None:
     """Write a folder that transformers and vLLM open: config.json, weights in files of 4 GiB, tokenizer's files.
     What is at `folder` is replaced as a whole.
 
-    dtype: of the weights; None: as they are. tokenizer: the folder to copy its files from. Sharded: all processes
-    call it, one with write=True; that one's memory holds one file at a time.
+    dtype: of the weights; None: as they are. tokenizer: the folder to copy its files from. Sharded: all
+    processes call it, one with write=True; that one's memory holds one file at a time.
     """
-    tensors = merged(model, dtype)
+    tensors = merged_weights(model, dtype)
     try:
         if write:
-            write_model(model, tensors, folder, tokenizer)
-    finally:  # a process that writes nothing, or could not, still takes part in gathering the rest
+            write_model(model, tensors, folder, dtype, tokenizer)
+    finally:
+        # A process that writes nothing, or could not, still takes part in gathering the rest.
         for _ in tensors:
             pass
 
 
-def write_model(model, tensors, folder, tokenizer):
+def write_model(model: Llama, tensors: Iterator[Tensor], folder: str, dtype: torch.dtype | None,
+                tokenizer: str | None) -> None:
+    files = files_of_names(model, dtype)
     with writing(folder) as tmp:
-        shard, names, paths = {}, [], []
-        for name, tensor in tensors:
-            if shard and sum(t.nbytes for t in shard.values()) + tensor.nbytes > SHARD_BYTES:
-                names, paths, shard = [*names, list(shard)], [*paths, write_part(shard, tmp, len(paths))], {}
-            shard[name] = tensor
-        names, paths = [*names, list(shard)], [*paths, write_part(shard, tmp, len(paths))]
-        final = ["model.safetensors"] if len(paths) == 1 else [
-            f"model-{i + 1:05d}-of-{len(paths):05d}.safetensors" for i in range(len(paths))]
-        for path, name in zip(paths, final):
-            os.rename(path, os.path.join(tmp, name))
-        if len(paths) > 1:
-            weight_map = {name: file for file, held in zip(final, names) for name in held}
-            write_json({"metadata": {}, "weight_map": weight_map}, os.path.join(tmp, "model.safetensors.index.json"))
-        write_config(model, tmp, tensor.dtype, tokenizer)
+        for file, names in files.items():
+            write_tensors({name: next(tensors) for name in names}, os.path.join(tmp, file))
+        if len(files) > 1:
+            weight_map = {}
+            for file, names in files.items():
+                weight_map.update(dict.fromkeys(names, file))
+            index = os.path.join(tmp, "model.safetensors.index.json")
+            write_json({"metadata": {}, "weight_map": weight_map}, index)
+        write_config(model, tmp, dtype or model.model.norm.weight.dtype, tokenizer)
 
 
-def write_part(tensors, folder, i):
-    path = os.path.join(folder, f"part_{i}.safetensors")
-    write_tensors(tensors, path)
-    return path
-
-
-def write_config(model, folder, dtype, tokenizer):
-    config = {**config_json(model.config), "dtype": str(dtype).removeprefix("torch.")}
-    write_json(config, os.path.join(folder, "config.json"))
-    for name in TOKENIZER_FILES if tokenizer else ():
-        if os.path.exists(os.path.join(tokenizer, name)):
-            shutil.copy(os.path.join(tokenizer, name), folder)
-
-
-def weight_files(folder):
-    """{tensor name: path} from model.safetensors, or from the shards that model.safetensors.index.json names."""
-    index = os.path.join(folder, "model.safetensors.index.json")
-    single = os.path.join(folder, "model.safetensors")
-    if os.path.exists(index):
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise BadInput(f"{index}: no 'weight_map' from tensor names to files")
-        files = {name: os.path.join(folder, shard) for name, shard in weight_map.items()}
-    elif os.path.exists(single):
-        with open_safetensors(single) as f:
-            return {name: single for name in f.keys()}
-    else:
-        raise BadInput(f"{folder}: neither model.safetensors nor model.safetensors.index.json is there")
-    for path in sorted(set(files.values())):
-        with open_safetensors(path) as f:
-            held = set(f.keys())
-        lost = sorted(name for name, where in files.items() if where == path and name not in held)
-        if lost:
-            raise BadInput(f"{path}: {lost[0]} is not in this shard, though {os.path.basename(index)} says so")
+def files_of_names(model: Llama, dtype: torch.dtype | None) -> dict[str, list[str]]:
+    """{file: names of its tensors} in the model's order, each file of at most SHARD_BYTES or of one tensor."""
+    groups = [[]]
+    size = 0
+    for name, p in base_parameters(model).items():
+        nbytes = p.numel() * (dtype or p.dtype).itemsize
+        if groups[-1] and size + nbytes > SHARD_BYTES:
+            groups.append([])
+            size = 0
+        groups[-1].append(name)
+        size += nbytes
+    if len(groups) == 1:
+        return {"model.safetensors": groups[0]}
+    files = {}
+    for number, names in enumerate(groups, 1):
+        files[f"model-{number:05d}-of-{len(groups):05d}.safetensors"] = names
     return files
 
 
-# ----------------------------------------------------------------------------------------------------- adapters
+def write_config(model: Llama, folder: str, dtype: torch.dtype, tokenizer: str | None) -> None:
+    """config.json, and the tokenizer's files out of the folder `tokenizer`."""
+    config = config_json(model.config)
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    write_json(config, os.path.join(folder, "config.json"))
+    if not tokenizer:
+        return
+    for name in TOKENIZER_FILES:
+        if os.path.exists(os.path.join(tokenizer, name)):
+            shutil.copy(os.path.join(tokenizer, name), folder)
+    # transformers cuts text at the tokenizer's own limit, whatever window config.json announces.
+    path = os.path.join(folder, "tokenizer_config.json")
+    settings = read_json(path) if os.path.exists(path) else {}
+    limit = settings.get("model_max_length")
+    if type(limit) in (int, float) and limit < model.config.max_position_embeddings:
+        settings["model_max_length"] = model.config.max_position_embeddings
+        write_json(settings, path)
 
-def adapter_tensors(model):
-    """({PEFT's key: parameter}, names of the modules that PEFT saves whole) of what is trained beside LoRA's base."""
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    tensors = {PEFT + name: p for name, p in trained.items() if "lora_" in name}
-    modules = sorted({name.rpartition(".")[0] for name in trained if "lora_" not in name})
+
+# ------------------------------------------------------------------------------- adapters
+
+def adapter_tensors(model: Llama) -> tuple[dict[str, Tensor], list[str]]:
+    """What is trained beside LoRA's base: {PEFT's key: parameter}, and the modules that PEFT saves in full."""
+    tensors = {}
+    modules = []
+    for name, p in model.named_parameters():
+        module = name.rpartition(".")[0]
+        if p.requires_grad and "lora_" in name:
+            tensors[PEFT + name] = p
+        elif p.requires_grad and module not in modules:
+            modules.append(module)
+    modules.sort()
     for module in modules:
         for name, p in model.get_submodule(module).named_parameters():
             tensors[f"{PEFT}{module}.{name}"] = p
-    if model.config.tie_word_embeddings and "model.embed_tokens" in modules:  # PEFT copies a module, and so unties it
+    if model.config.tie_word_embeddings and "model.embed_tokens" in modules:
+        # PEFT copies a module that it saves, and so unties the head from it: both are to be written.
         modules.append("lm_head")
         tensors[PEFT + "lm_head.weight"] = model.lm_head.weight
     return tensors, modules
 
 
-def save_adapter(model, folder, base, lora, tokenizer=None, write=True):
-    """Write what was trained for PEFT: LoRA's matrices, and as modules_to_save what was trained whole. float32.
+def save_adapter(model: Llama, folder: str, base: str, lora: dict[str, Any],
+                 tokenizer: str | None = None, write: bool = True) -> None:
+    """Write what was trained for PEFT: LoRA's matrices, and as modules_to_save what was trained in full. float32.
 
-    base: the folder of the frozen model. lora: lora_r, lora_alpha, lora_targets. config.json holds a changed RoPE
-    base or window, which the base model's does not: open the base with it.
+    base: the folder of the frozen model. lora: lora_r, lora_alpha, lora_targets. config.json holds a
+    changed RoPE base or window, which the base model's does not: open the base with it. All processes
+    call it, one with write=True.
     """
     parameters, modules = adapter_tensors(model)
     tensors = {key: full_tensor(p).clone() for key, p in parameters.items()}
     if not write:
         return
+    targets = [target.strip() for target in lora["lora_targets"].split(",")]
+    settings = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base,
+                "r": lora["lora_r"], "lora_alpha": lora["lora_alpha"], "lora_dropout": 0.0,
+                "bias": "none", "inference_mode": True, "target_modules": targets,
+                "modules_to_save": modules or None}
     with writing(folder) as tmp:
         write_tensors(tensors, os.path.join(tmp, "adapter_model.safetensors"))
-        write_json({"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": lora["lora_r"],
-                    "lora_alpha": lora["lora_alpha"], "lora_dropout": 0.0, "bias": "none", "inference_mode": True,
-                    "target_modules": [target.strip() for target in lora["lora_targets"].split(",")],
-                    "modules_to_save": modules or None}, os.path.join(tmp, "adapter_config.json"))
+        write_json(settings, os.path.join(tmp, "adapter_config.json"))
         write_config(model, tmp, next(iter(parameters.values())).dtype, tokenizer)
 
 
-def read_adapter(folder, config):
+# What PEFT can do beyond plain LoRA, and the values that mean that it does not.
+PLAIN_LORA = {
+    "peft_type": ["LORA"],
+    "bias": [None, "none"],
+    "use_dora": [None, False],
+    "use_rslora": [None, False],
+    "rank_pattern": [None, {}],
+    "alpha_pattern": [None, {}],
+    "layers_to_transform": [None],
+    "layer_replication": [None],
+    "alora_invocation_tokens": [None],
+    "fan_in_fan_out": [None, False],
+    # Others (pissa, olora, ...) have taken the first A and B out of the base, whose file still has them.
+    "init_lora_weights": [None, False, "gaussian", "eva", "orthogonal", True],
+}
+
+
+def read_adapter(folder: str, config: LlamaConfig) -> dict[str, Any]:
     """adapter_config.json as the keys of Llama.train_only. BadInput for anything but plain LoRA."""
     path = os.path.join(folder, "adapter_config.json")
     raw = read_json(path)
-    for key, allowed in (("peft_type", ("LORA",)), ("bias", (None, "none")), ("use_dora", (None, False)),
-                         ("use_rslora", (None, False)), ("rank_pattern", (None, {})), ("alpha_pattern", (None, {})),
-                         ("layers_to_transform", (None,)), ("fan_in_fan_out", (None, False))):
+    for key, allowed in PLAIN_LORA.items():
         if raw.get(key) not in allowed:
-            raise BadInput(f"{path}: {key} is {raw[key]!r}, expected {allowed[-1]!r}")
-    if not isinstance(raw.get("r"), int) or raw["r"] < 1 or not isinstance(raw.get("target_modules"), list):
-        raise BadInput(f"{path}: expected a whole number under 'r' and a list under 'target_modules'")
-    modules = [m for m in raw.get("modules_to_save") or [] if not (m == "lm_head" and config.tie_word_embeddings)]
-    return {"lora_r": raw["r"], "lora_alpha": raw.get("lora_alpha", 8), "train_also": ",".join(modules),
-            "lora_targets": ",".join(sorted({target.split(".")[-1] for target in raw["target_modules"]}))}
+            refuse(path, key, raw.get(key), repr(allowed[-1]))
+    alpha = raw.get("lora_alpha", 8)  # PEFT's own default
+    if not is_size(raw.get("r")):
+        refuse(path, "r", raw.get("r"), "a whole number of at least 1")
+    if not is_positive(alpha):
+        refuse(path, "lora_alpha", alpha, "a positive number")
+    modules = raw.get("modules_to_save") or []
+    for key, names in (("target_modules", raw.get("target_modules")), ("modules_to_save", modules)):
+        if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+            refuse(path, key, names, "a list of names")
+    if config.tie_word_embeddings:
+        modules = [name for name in modules if name != "lm_head"]
+    targets = {target.split(".")[-1] for target in raw["target_modules"]}
+    return {"lora_r": raw["r"], "lora_alpha": alpha, "train_also": ",".join(modules),
+            "lora_targets": ",".join(sorted(targets))}
 
 
-def load_adapter(model, folder):
+def load_adapter(model: Llama, folder: str) -> None:
     """Fill what is trained from an adapter's folder. BadInput for other names or shapes than the model's."""
     path = os.path.join(folder, "adapter_model.safetensors")
-    with open_safetensors(path) as f:
-        files = {key: path for key in f.keys()}
-    read_parameters(adapter_tensors(model)[0], files, folder)
+    files = {key: path for key in tensor_names(path)}
+    tensors, _ = adapter_tensors(model)
+    read_parameters(tensors, files, folder)
 
 
-# -------------------------------------------------------------------------------------------------- checkpoints
+# ------------------------------------------------------------------------------- checkpoints: writing
 
-def save_checkpoint(folder, model, optimizer, state):
-    """Write what is trained and AdamW's moments, each process its own rows, and `state` (JSON; has "step").
-
-    All processes call it. Returns None, or on every process the line that says what could not be written; then
-    nothing of it is left.
-    """
-    rank, shard = dist.get_rank(), next(model.parameters()).device_mesh
-    part, parts = shard.get_local_rank(shard.ndim - 1), shard.size(shard.ndim - 1)
-    name, tmp, error = f"shard_{part}_of_{parts}.safetensors", folder + ".tmp", None
-    if rank == 0:
-        shutil.rmtree(tmp, ignore_errors=True)
-    dist.barrier()
-    tensors = {}
-    for key, p in model.named_parameters():
-        if p.requires_grad:
-            moments = optimizer.state[p]
-            tensors.update({key: p, key + ".exp_avg": moments["exp_avg"], key + ".exp_avg_sq": moments["exp_avg_sq"]})
-    try:
-        if rank == part:  # with hybrid sharding the first replica writes
-            os.makedirs(tmp, exist_ok=True)
-            write_tensors({key: own_rows(t)[0].cpu() for key, t in tensors.items()}, os.path.join(tmp, name))
-            digest = {name: sha256(os.path.join(tmp, name))}
-    except (OSError, SafetensorError) as e:
-        error = f"{folder}: cannot be written ({e})"
-    found = all_gather({"digests": digest if rank == part and not error else {}, "error": error})
-    error = next((one["error"] for one in found if one["error"]), None)
-    if rank == 0 and not error:
-        try:
-            digests = {file: value for one in found for file, value in one["digests"].items()}
-            lost = [file for file in digests if not os.path.exists(os.path.join(tmp, file))]
-            if lost:
-                raise OSError(f"{lost[0]} is not visible here: put out= on a disk that all nodes share")
-            content = {**state, "shards": digests}
-            write_json({**content, "sha256": of_json(content)}, os.path.join(tmp, "state.json"))
-            put_in_place(tmp, folder)
-        except OSError as e:
-            error = f"{folder}: cannot be written ({e})"
-    error = all_gather(error)[0] if not error else error
-    if error and rank == 0:
-        shutil.rmtree(tmp, ignore_errors=True)
-    return error
-
-
-def all_gather(value):
+def all_gather(value: Any) -> list[Any]:
     """The JSON-like values of all processes, in order of rank."""
     values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
@@ -415,22 +622,93 @@ def all_gather(value):
 together = all_gather
 
 
-def sha256(path):
+def sha256(path: str) -> str:
+    """The digest of a file's bytes."""
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def of_json(value):
+def sha256_of_json(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def read_state(folder, part=0, parts=1):
+def save_checkpoint(folder: str, model: Llama, optimizer: torch.optim.Optimizer,
+                    state: dict[str, Any]) -> str | None:
+    """Write what is trained and AdamW's moments, each process its own rows, and `state` (JSON, with step and config).
+
+    All processes call it. Returns None, or on every process the line that says what could not be
+    written; then nothing of it is left.
+    """
+    tmp = folder + ".tmp"
+    if dist.get_rank() == 0:
+        shutil.rmtree(tmp, ignore_errors=True)
+    dist.barrier()
+    digests, error = attempt(write_shard, tmp, model, optimizer)
+    everyone = all_gather((digests, error))
+    errors = [error for _, error in everyone if error]
+    if not errors:
+        # The same on all processes, so all of them come by here: a collective that some left out would hang.
+        error = None
+        if dist.get_rank() == 0:
+            _, error = attempt(finish_checkpoint, tmp, folder, [found for found, _ in everyone], state)
+        errors = [error for error in all_gather(error) if error]
+    if not errors:
+        return None
+    if dist.get_rank() == 0:
+        shutil.rmtree(tmp, ignore_errors=True)
+    return f"{folder}: cannot be written ({errors[0]})"
+
+
+def attempt(function: Callable, *arguments) -> tuple[Any, str | None]:
+    """(what the function returns, None), or (None, why the disk refused)."""
+    try:
+        return function(*arguments), None
+    except (OSError, SafetensorError) as e:
+        return None, str(e)
+
+
+def write_shard(tmp: str, model: Llama, optimizer: torch.optim.Optimizer) -> dict[str, str]:
+    """Write this process's rows of what is trained, and of its moments. {file: digest}."""
+    mesh = next(model.parameters()).device_mesh
+    part = mesh.get_local_rank(mesh.ndim - 1)
+    parts = mesh.size(mesh.ndim - 1)
+    if dist.get_rank() != part:
+        return {}  # of the replicas of hybrid sharding the first one writes
+    tensors = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            tensors[name] = own_rows(p)[0].cpu()
+            for key in MOMENTS:
+                tensors[f"{name}.{key}"] = own_rows(optimizer.state[p][key])[0].cpu()
+    os.makedirs(tmp, exist_ok=True)
+    file = f"shard_{part}_of_{parts}.safetensors"
+    write_tensors(tensors, os.path.join(tmp, file))
+    return {file: sha256(os.path.join(tmp, file))}
+
+
+def finish_checkpoint(tmp: str, folder: str, shards: list[dict[str, str]], state: dict[str, Any]) -> None:
+    """Write state.json with every shard's digest and its own, and give the folder its name."""
+    digests = {}
+    for found in shards:
+        digests.update(found)
+    for file in digests:
+        if not os.path.exists(os.path.join(tmp, file)):
+            raise OSError(f"{file} is not visible here: put out= on a disk that all nodes share")
+    content = {**state, "shards": digests}
+    write_json({**content, "sha256": sha256_of_json(content)}, os.path.join(tmp, "state.json"))
+    put_in_place(tmp, folder)
+
+
+# ------------------------------------------------------------------------------- checkpoints: reading
+
+def read_state(folder: str, part: int = 0, parts: int = 1) -> dict[str, Any]:
     """state.json of a checkpoint whose files are what was written, else BadInput. Checks every parts-th file."""
     path = os.path.join(folder, "state.json")
     state = read_json(path)
     digest = state.pop("sha256", None)
-    if digest != of_json(state):
+    if digest != sha256_of_json(state):
         raise BadInput(f"{path}: not as it was written (its sha256 differs)")
+    check_state(state, path)
     for name in sorted(state["shards"])[part::parts]:
         file = os.path.join(folder, name)
         if not os.path.exists(file):
@@ -440,103 +718,194 @@ def read_state(folder, part=0, parts=1):
     return state
 
 
-def checkpoints(run):
+def check_state(state: dict[str, Any], path: str) -> None:
+    """BadInput for a state that this file did not write, though its digest fits."""
+    if type(state.get("step")) is not int or state["step"] < 0:
+        refuse(path, "step", state.get("step"), "a whole number")
+    if not isinstance(state.get("config"), dict):
+        refuse(path, "config", state.get("config"), "an object of settings")
+    shards = state.get("shards")
+    if not isinstance(shards, dict) or not shards:
+        refuse(path, "shards", shards, "an object from file names to digests")
+    complete = {f"shard_{i}_of_{len(shards)}.safetensors" for i in range(len(shards))}
+    if shards.keys() != complete:
+        refuse(path, "shards", sorted(shards), f"shard_I_of_{len(shards)}.safetensors for each I")
+
+
+def step_of(path: str, ending: str = "") -> int | None:
+    """The step of a checkpoint's folder, by its name; None for anything else, which is the user's.
+
+    ending: a regular expression for what may follow the digits.
+    """
+    match = re.fullmatch(rf"step_([0-9]{{6,}}){ending}", os.path.basename(path))
+    if match is None or os.path.islink(path) or not os.path.isdir(path):
+        return None
+    return int(match[1])
+
+
+def checkpoints(run: str) -> list[str]:
     """The step_ folders of a run, the newest first."""
-    found = {path: path.rsplit("step_")[-1] for path in glob.glob(os.path.join(glob.escape(str(run)), "step_*"))}
-    return sorted((path for path in found if found[path].isdigit()), key=lambda path: int(found[path]), reverse=True)
+    found = []
+    for path in glob.glob(os.path.join(glob.escape(str(run)), "step_*")):
+        if step_of(path) is not None:
+            found.append(path)
+    return sorted(found, key=step_of, reverse=True)
 
 
-def find_checkpoint(run, resume):
+def find_checkpoint(run: str, resume: str) -> tuple[str | None, dict[str, Any] | None]:
     """(folder, state) to go on from, or (None, None). The same on all processes.
 
-    resume "": none, and BadInput where there is one that would be overwritten. "auto": the newest whole one; each
-    damaged one is named. Otherwise a folder.
+    resume "": none, and BadInput where there is one that would be overwritten. "auto": the newest whole
+    one; each damaged one is named. Otherwise a folder.
     """
-    rank, world = dist.get_rank(), dist.get_world_size()
-    folders = all_gather(checkpoints(run) if resume in ("", "auto") else [resume])[0]  # as the first process sees it
+    folders = checkpoints(run) if resume in ("", "auto") else [resume]
+    folders = all_gather(folders)[0]  # as the first process sees it
     if folders and not resume:
-        raise BadInput(f"{folders[0]} is there: resume=auto goes on from it; to start anew, remove the step_ folders "
-                       f"of {run} or name another out=")
+        raise BadInput(f"{folders[0]} is there: resume=auto goes on from it; to start anew, remove "
+                       f"the step_ folders of {run} or name another out=")
     for folder in folders:
-        try:
-            state, error = read_state(folder, rank, world), None
-        except BadInput as e:
-            state, error = None, str(e)
-        error = next((e for e in all_gather(error) if e), None)
+        state, error = read_state_together(folder)
         if not error:
             return folder, state
-        if folder == folders[-1]:
-            raise BadInput(error + ("" if len(folders) == 1 else ": no whole checkpoint is left"))
-        if rank == 0:
-            print(f"warning: {error}: taking the one before", flush=True)
+        if folder != folders[-1]:
+            if dist.get_rank() == 0:
+                print(f"warning: {error}: taking the one before", flush=True)
+        elif len(folders) > 1:
+            raise BadInput(f"{error}: no whole checkpoint is left")
+        else:
+            raise BadInput(error)
     return None, None
 
 
+def read_state_together(folder: str) -> tuple[dict[str, Any] | None, str | None]:
+    """(state, None), or (None, the first process's complaint): each process checks some of the files."""
+    try:
+        state = read_state(folder, dist.get_rank(), dist.get_world_size())
+        error = None
+    except BadInput as e:
+        state = None
+        error = str(e)
+    errors = [error for error in all_gather(error) if error]
+    return (None, errors[0]) if errors else (state, None)
+
+
 @torch.no_grad()
-def load_checkpoint(folder, state, model, optimizer=None):
+def load_checkpoint(folder: str, state: dict[str, Any], model: Llama,
+                    optimizer: torch.optim.Optimizer | None = None) -> None:
     """Fill what is trained, and AdamW's moments, from a checkpoint written by any number of processes."""
-    paths = [os.path.join(folder, name) for name in sorted(state["shards"], key=lambda name: int(name.split("_")[1]))]
-    with open_safetensors(paths[0]) as f:
-        held = set(f.keys())
+    parts = len(state["shards"])
+    paths = [os.path.join(folder, f"shard_{i}_of_{parts}.safetensors") for i in range(parts)]
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    differ = sorted(trained.keys() ^ {name for name in held if not name.endswith((".exp_avg", ".exp_avg_sq"))})
-    if differ:
-        raise BadInput(f"{folder}: {differ[0]} is trained in one of checkpoint and model only")
+    check_shards(trained, paths, folder)
     for name, p in trained.items():
         read_rows(p, name, paths)
         if optimizer is None:
             continue
+        # AdamW counts its steps in a tensor of its own, which the fused kernel wants beside the moments.
         device = p.device if optimizer.defaults["fused"] else "cpu"
-        moments = {key: torch.zeros_like(p, requires_grad=False) for key in ("exp_avg", "exp_avg_sq")}
-        optimizer.state[p] = {"step": torch.tensor(float(state["step"]), device=device), **moments}
-        for key, moment in moments.items():
+        optimizer.state[p] = {"step": torch.tensor(float(state["step"]), device=device)}
+        for key in MOMENTS:
+            moment = torch.zeros_like(p, requires_grad=False)
             read_rows(moment, f"{name}.{key}", paths)
+            optimizer.state[p][key] = moment
 
 
-def prune(run, keep):
-    """Remove all but the newest `keep` checkpoints and the one with the lowest held-out loss."""
-    folders, losses = checkpoints(run), {}
-    for folder in folders:
-        try:
-            losses[folder] = read_json(os.path.join(folder, "state.json"))["held_out"]["loss"]
-        except (BadInput, KeyError, TypeError):  # damaged, or not evaluated: no candidate for the best
-            continue
-    best = min(losses, key=lambda folder: (losses[folder], folder), default=None)
+def check_shards(trained: dict[str, Tensor], paths: list[str], folder: str) -> None:
+    """BadInput unless the shards of a checkpoint hold all rows of what is trained and of its moments."""
+    with reading(folder):
+        for path in paths:
+            held = {name for name in tensor_names(path) if not name.endswith(MOMENTS)}
+            differ = sorted(trained.keys() ^ held)
+            if differ:
+                raise BadInput(f"{folder}: {differ[0]} is trained in one of checkpoint and model only")
+        shapes = [tensor_shapes(path) for path in paths]
+        for name, p in trained.items():
+            for key in (name, *(f"{name}.{moment}" for moment in MOMENTS)):
+                rows = sum(shape[key][0] for shape in shapes)
+                widths = {tuple(shape[key][1:]) for shape in shapes}
+                if rows != len(p) or widths != {tuple(p.shape[1:])}:
+                    found = [shape[key] for shape in shapes]
+                    raise BadInput(f"{folder}: {key} has shapes {found}, expected rows of {list(p.shape)}")
+
+
+def tensor_shapes(path: str) -> dict[str, list[int]]:
+    with open_safetensors(path) as f:
+        return {name: f.get_slice(name).get_shape() for name in f.keys()}
+
+
+# ------------------------------------------------------------------------------- checkpoints: removing
+
+def prune(run: str, keep: int) -> None:
+    """Remove all but the newest `keep` checkpoints and the one with the lowest held-out loss.
+
+    Also what a kill left half written or half removed. What cannot be removed is a warning: the run is
+    worth more than the disk. Nothing else in the folder is touched.
+    """
+    folders = checkpoints(run)
+    best = best_checkpoint(folders)
     for folder in folders[keep:]:
         if folder != best:
-            os.rename(folder, folder + ".tmp")  # a kill while it is being removed leaves no half checkpoint
-    for leftover in glob.glob(os.path.join(glob.escape(str(run)), "step_*.*")):
-        shutil.rmtree(leftover)
+            # Renamed first: a kill while it is being removed leaves no half checkpoint.
+            warn_on_failure(os.rename, folder, folder + ".tmp")
+    for path in glob.glob(os.path.join(glob.escape(str(run)), "step_*")):
+        if step_of(path, r"\.(tmp|old)") is not None:
+            warn_on_failure(shutil.rmtree, path)
 
 
-# -------------------------------------------------------------------------------------------------------- merge
+def warn_on_failure(function: Callable, path: str, *more) -> None:
+    try:
+        function(path, *more)
+    except OSError as e:
+        print(f"warning: {path}: cannot be removed ({e.strerror or e})", flush=True)
 
-def merge(source, out, base=""):
+
+def best_checkpoint(folders: list[str]) -> str | None:
+    """The folder with the lowest held-out loss; None where no state.json has one."""
+    losses = {}
+    for folder in folders:
+        try:
+            loss = read_json(os.path.join(folder, "state.json"))["held_out"]["loss"]
+        except (BadInput, KeyError, TypeError):
+            continue  # damaged, or not evaluated: no candidate
+        if type(loss) is float and math.isfinite(loss):
+            losses[folder] = loss
+    return min(losses, key=lambda folder: (losses[folder], folder), default=None)
+
+
+# ------------------------------------------------------------------------------- merge
+
+def merge(source: str, out: str, base: str = "") -> None:
     """Write an adapter, or what a checkpoint has trained, together with its base model as a model folder."""
+    out = os.path.normpath(out)
     if os.path.exists(out):
         raise BadInput(f"{out}: is already there")
-    if os.path.exists(os.path.join(source, "adapter_config.json")):
-        base = base or read_json(os.path.join(source, "adapter_config.json")).get("base_model_name_or_path")
+    adapter_config = os.path.join(source, "adapter_config.json")
+    if os.path.exists(adapter_config):
+        base = base or read_json(adapter_config).get("base_model_name_or_path")
+        if not isinstance(base, str) or not base:
+            refuse(adapter_config, "base_model_name_or_path", base, "a folder: name it as the last word")
         model = load_pretrained(base, dtype_of(base), adapter=source)
         if os.path.exists(os.path.join(source, "config.json")):
             model.config = read_config(os.path.join(source, "config.json"))
     else:
         state = read_state(source)
-        cfg = state["config"]
-        base = base or cfg["model"]
-        model = load_pretrained(base, getattr(torch, cfg["dtype"]))
-        model.config.extend(cfg["window"], cfg["rope_theta"])
-        model.train_only(*(cfg[key] for key in ("lora_r", "lora_alpha", "lora_targets", "train_also")))
-        load_checkpoint(source, state, model)
+        base = base or state["config"].get("model")
+        model = load_trained(source, state, base)
     save_pretrained(model, out, dtype_of(base), tokenizer=base)
     print(f"{out}: {source} on {base}")
 
 
-def dtype_of(folder):
-    """The dtype in which a model folder stores its weights."""
-    files = weight_files(folder)
-    with open_safetensors(files["model.norm.weight"]) as f:
-        return f.get_tensor("model.norm.weight").dtype
+def load_trained(folder: str, state: dict[str, Any], base: str) -> Llama:
+    """The model that a checkpoint of a run on `base` was taken of."""
+    with reading(os.path.join(folder, "state.json")):
+        cfg = state["config"]
+        dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[cfg["dtype"]]
+        lora = [cfg[key] for key in ("lora_r", "lora_alpha", "lora_targets", "train_also")]
+        model = load_pretrained(base, dtype)
+        model.config.extend(cfg["window"], cfg["rope_theta"])
+        model.train_only(*lora)
+    load_checkpoint(folder, state, model)
+    return model
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any, NoReturn
 
@@ -74,6 +76,23 @@ def read_json(path: str) -> dict:
     if not isinstance(found, dict):
         raise BadInput(f"{path}: expected a JSON object, found {repr(found)[:40]}")
     return found
+
+
+@contextmanager
+def reading(path: str) -> Iterator[None]:
+    """Turn whatever goes wrong while a user's file is read and taken apart into one line that names the file.
+
+    For shapes alone: a value that would be taken in silence (a size of True, a scale of NaN) needs a check by name.
+    """
+    try:
+        yield
+    except BadInput:
+        raise
+    except OSError as e:
+        raise BadInput(f"{path}: cannot be read ({e.strerror or e})") from e
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError, OverflowError, RecursionError) as e:
+        found = " ".join(str(e).split())
+        raise BadInput(f"{path}: not as expected ({type(e).__name__}: {found})") from e
 
 
 def write_json(value: Any, path: str) -> None:

@@ -88,7 +88,7 @@ def test_an_adapter_that_peft_made_opens_here(tmp_path):
 @pytest.mark.parametrize("change, words", [
     ({"use_dora": True}, "use_dora is True, expected False"),
     ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
-    ({"target_modules": "all-linear"}, "a list under 'target_modules'"),
+    ({"target_modules": "all-linear"}, "target_modules is 'all-linear', expected a list of names"),
     ({"target_modules": ["q_proj"]}, "not a tensor of this model"),
     ({"r": 8}, "has shape [4, "),
     ({"target_modules": ["query"]}, "expected some of q_proj,k_proj"),
