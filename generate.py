@@ -39,19 +39,24 @@ def generate(model: Llama, prompts: list[list[int]], max_new_tokens: int,
     for i, prompt in enumerate(prompts):
         if not len(prompt):
             raise BadInput(f"prompt {i} of {len(prompts)} is empty")
-    layout = lay_out(prompts, shared or [0] * len(prompts))
+
+    N = len(prompts)
+    layout = lay_out(prompts, shared or [0] * N)
     cache = KVCache(model.config, layout, max_new_tokens, watched=look is not None)
     answers = [[] for _ in prompts]
-    alive = list(range(len(prompts)))  # the cache's row r belongs to answer alive[r]
+    alive = list(range(N))  # the cache's row r belongs to answer alive[r]
 
     logits = prefill(model, layout, cache)
     for step in range(max_new_tokens):
-        tokens = sample(logits, temperature, top_p, generator, alive, len(prompts))
+        tokens = sample(logits, temperature, top_p, generator, alive, N)
+        going = []
         for row, token in enumerate(tokens.tolist()):
-            answers[alive[row]].append(token)
+            i = alive[row]
+            answers[i].append(token)
             if look:
-                look(alive[row], token, cache.tops_of(row))
-        going = [row for row, i in enumerate(alive) if answers[i][-1] not in stop_ids]
+                look(i, token, cache.tops_of(row))
+            if token not in stop_ids:
+                going.append(row)
         if not going or step == max_new_tokens - 1:
             break
         if len(going) < len(alive):
@@ -68,16 +73,18 @@ def prefill(model: Llama, layout: "Layout", cache: "KVCache") -> Tensor:
     device = model.lm_head.weight.device
     tokens = torch.tensor(layout.tokens, device=device)
     positions = torch.tensor(layout.positions, device=device)
-    x = model.hidden_states(tokens, positions, cache.attend_prompts(device))
-    last = torch.tensor([layout.segments[i].end - 1 for i in layout.owners], device=device)
-    return model.lm_head(x[last]).float()
+    x = model.hidden_states(tokens, positions, cache.prefill_attention(device))
+    # Of all the stream's tokens only the last of each prompt predicts something that is asked for.
+    x = x[layout.last_tokens(device)]
+    return model.lm_head(x).float()
 
 
 def decode_one_token(model: Llama, tokens: Tensor, cache: "KVCache") -> Tensor:
     """Append a token (N,) to each row: logits (N, V) of the next one, in fp32."""
     # All rows as one stream: the model knows no batch, and the cache keeps their keys apart.
-    positions = cache.lengths.to(tokens.device)
-    x = model.hidden_states(tokens, positions, cache.attend_tokens(tokens.device))
+    device = tokens.device
+    positions = cache.lengths.to(device)
+    x = model.hidden_states(tokens, positions, cache.decode_attention(device))
     cache.lengths += 1
     return model.lm_head(x).float()
 
@@ -90,16 +97,19 @@ def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Ge
     tokens until their mass reaches top_p. alive: which of N rows that there once were these are.
     """
     if temperature == 0:
+        # Among equals the first: no noise, so that greedy answers are the same in any batch.
         return logits.argmax(-1)
-    probs, order = (logits / temperature).softmax(-1).sort(dim=-1, descending=True)
+    probs = (logits / temperature).softmax(-1)
+    probs, order = probs.sort(dim=-1, descending=True)
     mass_before = probs.cumsum(-1) - probs
     probs = probs.masked_fill(mass_before >= top_p, 0)  # the first has none before it: it stays
     # The largest of probs / Exp(1) noise is a draw from probs, without a second pass to normalise.
     # Noise is drawn for all N rows, also for those that have ended: so what a row gets depends on
     # the seed alone, and an answer stays the same whether or not its neighbours stopped early.
-    noise = probs.new_empty(N, probs.shape[1]).exponential_(generator=generator)
-    drawn = (probs / noise[alive]).argmax(-1, keepdim=True)
-    return order.gather(1, drawn)[:, 0]
+    V = logits.shape[1]
+    noise = probs.new_empty(N, V).exponential_(generator=generator)
+    places = (probs / noise[alive]).argmax(-1, keepdim=True)
+    return order.gather(1, places)[:, 0]
 
 
 # ----------------------------------------------------------------------------- prompts in a stream
@@ -113,16 +123,25 @@ class Layout(NamedTuple):
 
     def append(self, tokens: Sequence[int], prefix: Segment | None = None) -> None:
         """Add a segment, which continues another one or begins at position 0."""
+        n = len(tokens)
         start = len(self.tokens)
-        end = start + len(tokens)
-        first = 0
-        segment = Segment(start, end)
-        if prefix:
-            first = prefix.length
-            segment = Segment(start, end, prefix.start, prefix.end)
+        position = 0
+        segment = Segment(start, start + n)
+        if prefix is not None:
+            position = prefix.length
+            segment = Segment(start, start + n, prefix.start, prefix.end)
         self.tokens.extend(tokens)
-        self.positions.extend(range(first, first + len(tokens)))
+        self.positions.extend(range(position, position + n))
         self.segments.append(segment)
+
+    def rows(self) -> list[Segment]:
+        """For each prompt the segment that holds its end."""
+        return [self.segments[owner] for owner in self.owners]
+
+    def last_tokens(self, device: torch.device) -> Tensor:
+        """(N,): where in the stream each prompt's last token is."""
+        places = [segment.end - 1 for segment in self.rows()]
+        return torch.tensor(places, device=device)
 
 
 def lay_out(prompts: list[list[int]], shared: list[int]) -> Layout:
@@ -131,12 +150,14 @@ def lay_out(prompts: list[list[int]], shared: list[int]) -> Layout:
     splits = []
     for prompt, n in zip(prompts, shared):
         n = min(n, len(prompt) - 1)
-        splits.append((tuple(prompt[:n]), tuple(prompt[n:])))
+        beginning = tuple(prompt[:n])
+        end = tuple(prompt[n:])
+        splits.append((beginning, end))
+    # Two prompts share if they begin alike *and* are said to: cutting every prompt at its longest
+    # common beginning with any other would make many small segments for a few tokens saved.
     ends_of = {}
     for beginning, end in splits:
-        ends = ends_of.setdefault(beginning, [])
-        if end not in ends:
-            ends.append(end)
+        ends_of.setdefault(beginning, {})[end] = True  # a dict for a set that keeps its order
 
     layout = Layout([], [], [], [])
     place = {}
@@ -146,10 +167,13 @@ def lay_out(prompts: list[list[int]], shared: list[int]) -> Layout:
             layout.append(beginning)
             prefix = layout.segments[-1]
         for end in ends:
-            # A beginning that nobody else has is no prefix: one segment, one causal call.
-            layout.append(end if prefix else beginning + end, prefix)
-            place[beginning, end] = len(layout.segments) - 1
-    layout.owners.extend(place[split] for split in splits)
+            place[beginning, end] = len(layout.segments)
+            if prefix is None:  # nobody else has this beginning: one segment, one causal call
+                layout.append(beginning + end)
+            else:
+                layout.append(end, prefix)
+    for split in splits:
+        layout.owners.append(place[split])
     return layout
 
 
@@ -160,7 +184,8 @@ class KVCache:
 
     layers: of each layer (2, N, S, K, D), the keys and the values. lengths (N,): slots filled; a
     token's slot is its position. tops: if watched, of each layer (N, H): the key that each head's
-    newest query scores highest.
+    newest query scores highest. Head behind slot, since that is how tokens come: nothing is turned
+    when a token is added, and attention reads the turned view.
     """
 
     def __init__(self, config: LlamaConfig, layout: Layout, max_new_tokens: int,
@@ -168,10 +193,11 @@ class KVCache:
         self.layout = layout
         self.watched = watched
         lengths = []
-        for owner in layout.owners:
-            segment = layout.segments[owner]
+        for segment in layout.rows():
             lengths.append(segment.prefix_length + segment.length)
+        # On the CPU: the host decides by them how much of the cache a step reads.
         self.lengths = torch.tensor(lengths)
+        # All rows get the room of the longest. Whoever asks sorts prompts by length beforehand.
         self.size = slots_for(max(lengths) + max_new_tokens)
         self.layers = [None] * config.num_hidden_layers
         self.tops = [None] * config.num_hidden_layers
@@ -179,60 +205,77 @@ class KVCache:
     def keep(self, rows: list[int]) -> None:
         """Drop all rows but these."""
         self.lengths = self.lengths[rows]
+        # One layer at a time: while it is copied, only that layer is there twice.
         for layer, cached in enumerate(self.layers):
             self.layers[layer] = cached[:, rows]
 
     def tops_of(self, row: int) -> Tensor:
         """(layers, H): where each head's newest query of this row looked."""
-        return torch.stack([tops[row] for tops in self.tops]).cpu()
+        of_row = [tops[row] for tops in self.tops]
+        return torch.stack(of_row).cpu()
 
-    def attend_prompts(self, device: torch.device) -> list[Callable]:
-        """Attention of the prefill, for each layer: over the stream's segments, filling the cache."""
+    def prefill_attention(self, device: torch.device) -> list[Callable]:
+        """For each layer: attention over the stream of prompts, which also fills the cache."""
         attention = SegmentAttention(self.layout.segments, device)
-        layers = range(len(self.layers))
-        return [partial(self.prompts, layer, attention) for layer in layers]
+        attends = []
+        for layer in range(len(self.layers)):
+            attends.append(partial(self.attend_prefill, layer, attention))
+        return attends
 
-    def prompts(self, layer: int, attention: SegmentAttention, q_THD: Tensor, k_TKD: Tensor,
-                v_TKD: Tensor) -> Tensor:
-        segments = [self.layout.segments[owner] for owner in self.layout.owners]
-        cached = k_TKD.new_zeros(2, len(segments), self.size, *k_TKD.shape[1:])
-        for row, segment in enumerate(segments):
-            P = segment.prefix_length
+    def attend_prefill(self, layer: int, attention: SegmentAttention,
+                       q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> Tensor:
+        _, K, D = k_TKD.shape
+        N = len(self.lengths)
+        cached = k_TKD.new_zeros(2, N, self.size, K, D)
+        keys, values = cached
+        for row, segment in enumerate(self.layout.rows()):
+            # Rows with one beginning part here, each with a copy: from now on each grows alone.
+            prefix = slice(segment.prefix_start, segment.prefix_end)
+            own = slice(segment.start, segment.end)
+            P = segment.prefix_length  # 0 for a prompt that shares nothing
             end = P + segment.length
-            for kind, x in enumerate((k_TKD, v_TKD)):
-                # Rows with one beginning part here, each with a copy: from now on each grows alone.
-                cached[kind, row, :P] = x[segment.prefix_start:segment.prefix_end]
-                cached[kind, row, P:end] = x[segment.start:segment.end]
+            keys[row, :P] = k_TKD[prefix]
+            values[row, :P] = v_TKD[prefix]
+            keys[row, P:end] = k_TKD[own]
+            values[row, P:end] = v_TKD[own]
         self.layers[layer] = cached
         if self.watched:
-            last = torch.tensor([segment.end - 1 for segment in segments], device=q_THD.device)
-            slots = torch.arange(self.size, device=q_THD.device)
-            seen = slots < self.lengths.to(q_THD.device)[:, None]
-            self.tops[layer] = top_keys(q_THD[last], cached[0].transpose(1, 2), seen[:, None, None])
+            device = q_THD.device
+            q_NHD = q_THD[self.layout.last_tokens(device)]
+            seen = self.seen(self.size, self.lengths - 1, device)
+            self.tops[layer] = top_keys(q_NHD, keys.transpose(1, 2), seen)
         return attention(q_THD, k_TKD, v_TKD)
 
-    def attend_tokens(self, device: torch.device) -> list[Callable]:
-        """Attention of one new token a row, for each layer: over all of its row so far."""
+    def decode_attention(self, device: torch.device) -> list[Callable]:
+        """For each layer: attention of one new token a row over all of its row so far."""
         new = self.lengths.to(device)  # the slots that the new keys take
         # As far as the longest row, rounded up: a length that grows by one a step is a new shape a
         # step, for which some GPU kernels plan anew, and whose mask's rows are not aligned.
         S = slots_for(int(self.lengths.max()) + 1)
-        seen = torch.arange(S, device=device) <= new[:, None]
-        seen = seen[:, None, None]  # (N, 1, 1, S): for all heads and queries alike
-        return [partial(self.tokens, layer, new, seen) for layer in range(len(self.layers))]
+        seen = self.seen(S, self.lengths, device)
+        attends = []
+        for layer in range(len(self.layers)):
+            attends.append(partial(self.attend_decode, layer, new, seen))
+        return attends
 
-    def tokens(self, layer: int, new: Tensor, seen: Tensor, q_NHD: Tensor, k_NKD: Tensor,
-               v_NKD: Tensor) -> Tensor:
-        cached = self.layers[layer]
+    def attend_decode(self, layer: int, new: Tensor, seen: Tensor,
+                      q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor) -> Tensor:
+        keys, values = self.layers[layer]
         rows = torch.arange(len(new), device=new.device)
-        cached[0, rows, new] = k_NKD
-        cached[1, rows, new] = v_NKD
+        keys[rows, new] = k_NKD
+        values[rows, new] = v_NKD
         S = seen.shape[-1]
-        k_NKSD = cached[0, :, :S].transpose(1, 2)
-        v_NKSD = cached[1, :, :S].transpose(1, 2)
+        k_NKSD = keys[:, :S].transpose(1, 2)
+        v_NKSD = values[:, :S].transpose(1, 2)
         if self.watched:
             self.tops[layer] = top_keys(q_NHD, k_NKSD, seen)
         return attend_one_query(q_NHD, k_NKSD, v_NKSD, seen)
+
+    def seen(self, S: int, last: Tensor, device: torch.device) -> Tensor:
+        """(N, 1, 1, S): True for the slots of each row up to its last (N,), for all heads alike."""
+        slots = torch.arange(S, device=device)
+        last = last.to(device).view(-1, 1, 1, 1)
+        return slots <= last
 
 
 def slots_for(n: int) -> int:
@@ -255,8 +298,10 @@ def attend_one_query(q_NHD: Tensor, k_NKSD: Tensor, v_NKSD: Tensor, seen: Tensor
 def top_keys(q: Tensor, keys: Tensor, seen: Tensor) -> Tensor:
     """(N, H): which of the seen keys (N, K, S, D) each head's query (N, H, D) scores highest."""
     N, H, D = q.shape
-    grouped = q.view(N, keys.shape[1], -1, D)
+    K = keys.shape[1]
     # In fp32 whatever the model's dtype: bf16 keeps 8 bits of a score, so that near the top whole
     # handfuls of keys are equal, and the arg-max of equals is the first, not the best.
-    scores = grouped.float() @ keys.float().transpose(2, 3)  # (N, K, H / K, S)
-    return scores.masked_fill(~seen, -math.inf).argmax(-1).view(N, H)
+    q = q.view(N, K, H // K, D).float()
+    scores = q @ keys.float().transpose(2, 3)  # (N, K, H / K, S)
+    scores = scores.masked_fill(~seen, -math.inf)
+    return scores.argmax(-1).view(N, H)

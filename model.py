@@ -138,7 +138,8 @@ def llama3_frequencies(rope: dict, frequencies: Tensor) -> Tensor:
     high = rope["high_freq_factor"]
     turns = rope["original_max_position_embeddings"] * frequencies / (2 * math.pi)
     keep = ((turns - low) / (high - low)).clamp(0, 1)
-    return (1 - keep) * frequencies / rope["factor"] + keep * frequencies
+    interpolated = (1 - keep) * frequencies / rope["factor"]
+    return interpolated + keep * frequencies
 
 
 def yarn_frequencies(config: LlamaConfig, frequencies: Tensor) -> Tensor:
@@ -149,19 +150,24 @@ def yarn_frequencies(config: LlamaConfig, frequencies: Tensor) -> Tensor:
 
     def dim_of(turns):
         """The dimension that turns so many times inside the original window."""
+        wavelength = window / (turns * 2 * math.pi)
         log_theta = math.log(rope["rope_theta"])
-        return dim * math.log(window / (turns * 2 * math.pi)) / (2 * log_theta)
+        return dim * math.log(wavelength) / (2 * log_theta)
 
     low = dim_of(rope.get("beta_fast") or 32)
     high = dim_of(rope.get("beta_slow") or 1)
     if rope.get("truncate", True):
         low = math.floor(low)
         high = math.ceil(high)
+    # Dimensions below low turn fast enough to tell neighbours apart at any length; those above high
+    # have not turned once within the window, so that a longer one would show angles never seen.
     low = max(low, 0)
     high = min(high, dim - 1)
     steps = torch.arange(dim // 2, dtype=torch.float32, device=frequencies.device)
-    interpolated = ((steps - low) / max(high - low, 0.001)).clamp(0, 1)
-    return frequencies / rope["factor"] * interpolated + frequencies * (1 - interpolated)
+    width = max(high - low, 0.001)
+    ramp = ((steps - low) / width).clamp(0, 1)
+    interpolated = frequencies / rope["factor"] * ramp
+    return interpolated + frequencies * (1 - ramp)
 
 
 def yarn_temperature(rope: dict) -> float:
@@ -195,10 +201,15 @@ def rotary_tables(config: LlamaConfig, positions: Tensor, dtype: torch.dtype
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn x (T, heads, D) by its positions; Hugging Face pairs dimension i with i + D/2."""
     a, b = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-b, a], dim=-1) * sin
+    turned_by_90_degrees = torch.cat([-b, a], dim=-1)
+    return x * cos + turned_by_90_degrees * sin
 
 
 # --------------------------------------------------------------------------------------- attention
+
+# A stream is sequences of many lengths, and the answers' keys lie in two pieces: their prompt's and
+# their own. Flash kernels for sequences of varying lengths do all of it in one call; where there is
+# none, PyTorch's scaled_dot_product_attention takes two calls a group.
 
 def varlen_kernel(device: torch.device | str, dtype: torch.dtype) -> Callable | None:
     """The flash kernel for many sequences in one call, or None: flash-attn's, else PyTorch's own.
@@ -249,12 +260,14 @@ class SegmentAttention:
             key_index.append(torch.arange(segment.start, segment.end))
             n_queries.append(segment.length)
             n_keys.append(segment.prefix_length + segment.length)
-        lengths = self.offsets(n_queries), self.offsets(n_keys), max(n_queries), max(n_keys)
-        return torch.cat(key_index).to(self.device), lengths
+        offsets = self.offsets(n_queries), self.offsets(n_keys)
+        longest = max(n_queries), max(n_keys)
+        return torch.cat(key_index).to(self.device), (*offsets, *longest)
 
     def offsets(self, lengths: list[int]) -> Tensor:
         """[0, a, a + b, ...] in int32, as the kernels want the borders between sequences."""
-        return torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32).to(self.device)
+        offsets = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
+        return offsets.to(self.device)
 
     def group_by_group(self, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> Tensor:
         """Without a varlen kernel: one call for a group's prompt, one for all its answers."""
@@ -265,10 +278,13 @@ class SegmentAttention:
             q = as_heads(q_THD[start:end])
             k = as_heads(k_TKD[start:end])
             v = as_heads(v_TKD[start:end])
-            out.append(sdpa(q[:, :, :P], k[:, :, :P], v[:, :, :P], is_causal=True))
+            q_prompt, q_answers = q[:, :, :P], q[:, :, P:]
+            k_prompt, v_prompt = k[:, :, :P], v[:, :, :P]
+            out.append(sdpa(q_prompt, k_prompt, v_prompt, is_causal=True))
             if len(mask):
                 # All answers at once over the keys as they lie: no copy of the prompt's for each.
-                out.append(sdpa(q[:, :, P:], k, v, attn_mask=mask.to(q.dtype)))
+                mask = mask.to(q.dtype)
+                out.append(sdpa(q_answers, k, v, attn_mask=mask))
             start = end
         return torch.cat(out)
 
@@ -289,13 +305,15 @@ def answer_mask(P: int, lengths: list[int]) -> Tensor:
     beside a prompt, so the scores that it throws away are few: 1 % of the attention for three
     answers of 64 tokens to 2,048, 4 % for three of 512 to 8,192.
     """
-    mask = torch.full((sum(lengths), P + sum(lengths)), -math.inf)
+    rows = sum(lengths)
+    mask = torch.full((rows, P + rows), -math.inf)
     mask[:, :P] = 0
-    row = 0
+    start = 0
     for n in lengths:
-        # An answer and itself: -inf above the diagonal, 0 elsewhere.
-        mask[row:row + n, P + row:P + row + n].triu_(1)
-        row += n
+        end = start + n
+        itself = mask[start:end, P + start:P + end]
+        itself.triu_(1)  # -inf stays above the diagonal, the rest becomes 0
+        start = end
     return mask
 
 
@@ -306,8 +324,18 @@ def as_heads(x: Tensor) -> Tensor:
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, **mask) -> Tensor:
     """Attention of one sequence (1, heads, T, D), back as (T, H, D)."""
-    out = F.scaled_dot_product_attention(q, k, v, enable_gqa=True, **mask)
+    if q.is_cuda:
+        # GPUs come here in fp32, or if older than Ampere. Their one kernel for that which needs no
+        # T x T scores knows no grouped heads; asked for them, the one that makes all scores runs.
+        k = repeat_heads(k, q.shape[1])
+        v = repeat_heads(v, q.shape[1])
+    out = F.scaled_dot_product_attention(q, k, v, enable_gqa=not q.is_cuda, **mask)
     return out[0].transpose(0, 1)
+
+
+def repeat_heads(x: Tensor, H: int) -> Tensor:
+    """(1, K, T, D) -> (1, H, T, D): a key head once for each of the query heads that read it."""
+    return x.repeat_interleave(H // x.shape[1], dim=1)
 
 
 # ------------------------------------------------------------------------------------------- block
@@ -336,7 +364,9 @@ class Attention(nn.Module):
         q_THD = self.q_proj(x).view(T, -1, self.head_dim)
         k_TKD = self.k_proj(x).view(T, -1, self.head_dim)
         v_TKD = self.v_proj(x).view(T, -1, self.head_dim)
-        out_THD = attend(rotate(q_THD, cos, sin), rotate(k_TKD, cos, sin), v_TKD)
+        q_THD = rotate(q_THD, cos, sin)
+        k_TKD = rotate(k_TKD, cos, sin)
+        out_THD = attend(q_THD, k_TKD, v_TKD)
         return self.o_proj(out_THD.reshape(T, -1))
 
 
@@ -400,6 +430,7 @@ class LoRALinear(nn.Linear):
 
     def __init__(self, linear: nn.Linear, r: int, alpha: float):
         bias = linear.bias is not None
+        # On the meta device: the weight is taken over, so none is to be made and filled first.
         super().__init__(linear.in_features, linear.out_features, bias, device="meta")
         self.weight = linear.weight
         self.bias = linear.bias
@@ -409,7 +440,10 @@ class LoRALinear(nn.Linear):
         self.lora_B = nn.Linear(r, self.out_features, bias=False, device=device)
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) + self.scale * self.lora_B(self.lora_A(x))
+        base = super().forward(x)
+        # Never B A as one matrix: it would be as large as W, and so would its gradient.
+        update = self.lora_B(self.lora_A(x))
+        return base + self.scale * update
 
 
 def words_of(text: str) -> list[str]:
@@ -455,6 +489,7 @@ class Llama(nn.Module):
                 parent = block.self_attn if hasattr(block.self_attn, target) else block.mlp
                 setattr(parent, target, LoRALinear(getattr(parent, target), lora_r, lora_alpha))
 
+        # After the loop above, since it makes parameters: whatever LoRA adds trains.
         for name, p in self.named_parameters():
             of_lora = "lora_" in name
             asked_for = any(part in name for part in parts)
@@ -475,7 +510,10 @@ class Llama(nn.Module):
                       ) -> Tensor:
         """Last hidden states (T, C), normed. attend: one for all layers, or a list, one a layer."""
         layers = self.model.layers
-        attends = attend if isinstance(attend, list) else [attend] * len(layers)
+        # Training attends alike in all layers. Generation does not: each layer has its own cache.
+        attends = attend
+        if not isinstance(attend, list):
+            attends = [attend] * len(layers)
         x = self.model.embed_tokens(tokens)
         cos, sin = rotary_tables(self.config, positions, x.dtype)
         for block, attend_here in zip(layers, attends):
@@ -492,6 +530,7 @@ class Llama(nn.Module):
         """
         x = self.hidden_states(tokens, positions, SegmentAttention(segments, tokens.device))
 
+        # Whose token is this? Lengths differ, so sums go by an index and not by a padded matrix.
         answers = [segment for segment in segments if segment.prefix_end]
         answer_of = torch.full_like(tokens, -1)
         for i, answer in enumerate(answers):
@@ -503,16 +542,20 @@ class Llama(nn.Module):
         scored = (targets != IGNORE).nonzero()[:, 0]
         logps = []
         for rows in scored.split(HEAD_CHUNK):
-            logps.append(checkpointed(self.token_logps, x[rows], targets[rows]))
+            of_rows = checkpointed(self.token_logps, x[rows], targets[rows])
+            logps.append(of_rows)
         logps = torch.cat(logps)
 
         owner = answer_of[scored]
-        zeros = torch.zeros(len(answers), dtype=logps.dtype, device=logps.device)
-        return zeros.index_add(0, owner, logps), torch.bincount(owner, minlength=len(answers))
+        A = len(answers)
+        sums = torch.zeros(A, dtype=logps.dtype, device=logps.device).index_add(0, owner, logps)
+        lengths = torch.bincount(owner, minlength=A)
+        return sums, lengths
 
     def token_logps(self, x: Tensor, targets: Tensor) -> Tensor:
         """log pi(target) of rows: x (rows, C), targets (rows,) -> (rows,), fp32 or better."""
         logits = F.linear(x, self.lm_head.weight)
+        # A log-softmax over 128,256 words in bf16 would be right to two digits, and gamma is .25.
         at_least_fp32 = torch.promote_types(logits.dtype, torch.float32)
         return -F.cross_entropy(logits.to(at_least_fp32), targets, reduction="none")
 
@@ -521,9 +564,12 @@ class Llama(nn.Module):
         N, T = tokens.shape
         if positions is None:
             positions = torch.arange(T, device=tokens.device)
-        rows = [Segment(i * T, i * T + T) for i in range(N)]
+        # Each row is a group without answers: the same code as training, in the layout of everyone.
+        rows = [Segment(start, start + T) for start in range(0, N * T, T)]
         attend = SegmentAttention(rows, tokens.device)
-        x = self.hidden_states(tokens.reshape(-1), positions.expand(N, T).reshape(-1), attend)
+        tokens = tokens.reshape(-1)
+        positions = positions.expand(N, T).reshape(-1)
+        x = self.hidden_states(tokens, positions, attend)
         return self.lm_head(x).view(N, T, -1)
 
 
@@ -546,6 +592,7 @@ def step_flops(model: Llama, segments: list[Segment], scored: int) -> int:
     config = model.config
     T = segments[-1].end
 
+    # Norms, rotation and SiLU are left out: they are a thousandth of it.
     work = 0
     for p in model.model.layers.parameters():
         if p.ndim > 1:
@@ -557,7 +604,8 @@ def step_flops(model: Llama, segments: list[Segment], scored: int) -> int:
     pairs = 0
     for segment in segments:
         n = segment.length
-        pairs += n * segment.prefix_length + n * (n + 1) // 2
+        pairs += n * segment.prefix_length
+        pairs += n * (n + 1) // 2
     width = config.num_attention_heads * config.head_dim
     return work + 12 * width * pairs * config.num_hidden_layers
 

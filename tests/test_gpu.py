@@ -3,12 +3,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_model import attention_and_gradients, make_groups, pack
 
 import model as model_file
 from checkpoint import load_pretrained
-from generate import generate
-from model import Llama, LlamaConfig, SegmentAttention
-from test_model import attention_and_gradients, make_groups, pack
+from generate import attend_one_query, generate
+from model import Llama, LlamaConfig, Segment, SegmentAttention
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 DEVICE = "cuda"
@@ -85,6 +85,32 @@ def test_a_group_takes_less_memory_than_its_rows(monkeypatch, path):
     (prompt, positions, answers), = make_groups([[256] * 3], [4096])
     rows = peak_memory(model, [(prompt, positions, [answer]) for answer in answers])
     assert peak_memory(model, [(prompt, positions, answers)]) < 0.6 * rows
+
+
+def peak_of(work):
+    """Bytes on the device at most while work() runs, on top of what is there."""
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    work()
+    return torch.cuda.max_memory_allocated() - before
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_decoding_step_copies_nothing_of_the_cache(dtype):
+    N, H, K, S, D = 4, 32, 8, 4096, 128
+    keys, values = torch.randn(2, N, S, K, D, device=DEVICE, dtype=dtype).transpose(2, 3)
+    q = torch.randn(N, H, D, device=DEVICE, dtype=dtype)
+    seen = (torch.arange(S, device=DEVICE) < torch.tensor([[3000], [4096], [1], [77]], device=DEVICE))[:, None, None]
+    expected = attend_one_query(*(x.cpu().float() for x in (q, keys, values)), seen.cpu())
+    assert (attend_one_query(q, keys, values, seen).cpu().float() - expected).abs().max() < 0.03
+    assert peak_of(lambda: attend_one_query(q, keys, values, seen)) < 0.2 * keys.numel() * keys.itemsize
+
+
+def test_a_prompt_in_fp32_takes_no_scores_of_all_its_tokens():
+    T, H, K, D = 8192, 8, 2, 64
+    q, k, v = (torch.randn(T, heads, D, device=DEVICE) for heads in (H, K, K))
+    attend = SegmentAttention([Segment(0, T)], DEVICE)
+    assert peak_of(lambda: attend(q, k, v)) < 0.1 * H * T * T * 4
 
 
 def test_offload_keeps_the_blocks_inputs_off_the_device():

@@ -21,7 +21,15 @@ import model as model_file
 from checkpoint import load_pretrained, read_config, save_pretrained
 from configs import BadInput
 from loss import logo_loss
-from model import IGNORE, Segment, SegmentAttention, answer_mask, rotary_tables
+from model import (
+    IGNORE,
+    Segment,
+    SegmentAttention,
+    answer_mask,
+    repeat_heads,
+    rotary_tables,
+    sdpa,
+)
 
 WINDOW = 64  # max_position_embeddings of the tiny models
 ROPES = {
@@ -43,7 +51,7 @@ def hf_model(rope="default", classes=(HFLlamaConfig, LlamaForCausalLM), seed=0, 
                     rope_parameters=dict(rope if isinstance(rope, dict) else ROPES[rope]))
     hf = classes[1](classes[0](**{**settings, **changes})).eval()
     with torch.no_grad():
-        for name, p in hf.named_parameters():
+        for p in hf.parameters():
             if p.ndim == 1:  # norms start at one and biases at zero
                 p.add_(0.3 * torch.randn_like(p))
     return hf
@@ -398,6 +406,12 @@ def test_a_prompt_of_any_length_has_no_mask(monkeypatch):
     assert masks == [(500, True, None), (7, False, (7, 507))]
 
 
+def test_repeated_key_heads_are_grouped_heads():
+    q, k, v = (torch.randn(1, heads, 9, 8) for heads in (6, 2, 2))
+    repeated = sdpa(q, repeat_heads(k, 6), repeat_heads(v, 6), is_causal=True)
+    assert (repeated - sdpa(q, k, v, is_causal=True)).abs().max() < 1e-6
+
+
 def test_segments_move_with_their_prefix():
     assert Segment(2, 5).moved(10) == (12, 15, 0, 0)  # no prefix stays no prefix
     assert Segment(7, 9, 2, 5).moved(10) == (17, 19, 12, 15)
@@ -494,7 +508,7 @@ def test_varlen_kernel_is_for_16_bits_on_ampere(monkeypatch):
     for major, dtype, device, expected in ((8, torch.bfloat16, "cuda", True), (9, torch.float16, "cuda", True),
                                            (7, torch.float16, "cuda", False), (8, torch.float32, "cuda", False),
                                            (8, torch.bfloat16, "cpu", False)):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, 0))
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, major=major: (major, 0))
         assert (model_file.varlen_kernel(device, dtype) is not None) == expected, (major, dtype, device)
 
 
