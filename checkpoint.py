@@ -1,20 +1,20 @@
-"""What goes to disk and comes back: Hugging Face folders, PEFT adapters, and checkpoints to resume from.
+"""What goes to disk and comes back: model folders, PEFT adapters, checkpoints to resume from.
 
     model folder    config.json, model*.safetensors, tokenizer      load_pretrained, save_pretrained
     adapter         adapter_config.json, adapter_model.safetensors  load_adapter, save_adapter
     step_000100/    state.json, shard_I_of_N.safetensors            load_checkpoint, save_checkpoint
 
-    python checkpoint.py merge FOLDER OUT [BASE]    FOLDER, an adapter or a step_ folder, as a model folder
+    python checkpoint.py merge FOLDER OUT [BASE]    an adapter or a step_ folder as a model folder
 
-A parameter may be sharded (a DTensor of FSDP2): every process then reads and writes the rows that it
-owns, straight from and to the files, so none ever holds the model. Folders are written under another
-name, synced, then renamed: a kill at any moment leaves the old one or the new one, whole.
+A parameter may be sharded (a DTensor of FSDP2): every process then reads and writes the rows that
+it owns, straight from and to the files, so none ever holds the model. Folders are written under
+another name, synced, then renamed: a kill leaves the old one or the new one, whole.
 
-Why not torch.distributed.checkpoint for the training state? Its safetensors storage was tried (PyTorch
-2.13): it leaves no pickle behind and comes back equal to the bit in another number of processes. But a
-shard that is lost from the middle loads in silence and leaves its rows as they were, a flipped bit too,
-and each process copies its whole share once more in memory before it writes. Digests, renaming and the
-agreement on errors would stay ours, and so would the rows of sharded weights, which exports need as well.
+Why not torch.distributed.checkpoint for the training state? Its safetensors storage was tried
+(PyTorch 2.13): it leaves no pickle behind and comes back equal to the bit in another number of
+processes. But where a shard in the middle is lost, it leaves those rows as they were and says
+nothing; a flipped bit passes as well; and each process copies its share once more in memory before
+it writes. Digests, renaming and the agreement on errors would stay ours all the same.
 """
 import glob
 import hashlib
@@ -57,10 +57,10 @@ def open_safetensors(path: str) -> safe_open:
         raise BadInput(f"{path}: not a readable safetensors file ({e})") from e
 
 
-def tensor_names(path: str) -> list[str]:
+def tensor_names(path: str) -> set[str]:
     """The names of the tensors in a file."""
     with open_safetensors(path) as f:
-        return list(f.keys())
+        return set(f.keys())
 
 
 def own_rows(p: Tensor) -> tuple[Tensor, int, int]:
@@ -79,7 +79,10 @@ def own_rows(p: Tensor) -> tuple[Tensor, int, int]:
 
 
 def read_rows(p: Tensor, key: str, paths: list[str]) -> None:
-    """Fill this process's rows of a parameter from files that hold consecutive rows of it under one key."""
+    """Fill this process's rows of a parameter.
+
+    paths: files that hold consecutive rows of it, under one key.
+    """
     local, first, last = own_rows(p)
     row = 0
     for path in paths:
@@ -96,7 +99,7 @@ def read_rows(p: Tensor, key: str, paths: list[str]) -> None:
 
 def check_parameters(wanted: dict[str, Tensor], files: dict[str, str], where: str,
                      ignore: tuple[str, ...] = ()) -> None:
-    """BadInput if {key: path} is not what {key: parameter} needs: by names, shapes, kinds of number.
+    """BadInput if {key: path} is not what {key: parameter} needs: names, shapes, kinds of number.
 
     ignore: parts of names that a file may have beyond what is wanted.
     """
@@ -118,11 +121,13 @@ def check_parameters(wanted: dict[str, Tensor], files: dict[str, str], where: st
 
 
 def check_tensor(found, key: str, expected: list[int], path: str) -> None:
-    """BadInput for another shape, or for whole numbers (quantised weights) that would be taken as floats."""
+    """BadInput for another shape, or for whole numbers: quantised weights would pass as floats."""
     if found.get_shape() != expected:
-        raise BadInput(f"{path}: {key} has shape {found.get_shape()}, expected {expected} (config.json)")
+        raise BadInput(f"{path}: {key} has shape {found.get_shape()}, "
+                       f"expected {expected} (config.json)")
     if found.get_dtype() not in FLOATS:
-        raise BadInput(f"{path}: {key} has dtype {found.get_dtype()}, expected one of {', '.join(FLOATS)}")
+        raise BadInput(f"{path}: {key} has dtype {found.get_dtype()}, "
+                       f"expected one of {', '.join(FLOATS)}")
 
 
 def read_parameters(wanted: dict[str, Tensor], files: dict[str, str], where: str,
@@ -176,7 +181,7 @@ def put_in_place(tmp: str, folder: str) -> None:
 
 @contextmanager
 def writing(folder: str) -> Iterator[str]:
-    """with writing(folder) as tmp: fill tmp, which becomes folder at the end. A failure leaves nothing behind."""
+    """with writing(folder) as tmp: fill tmp, which becomes folder. A failure leaves nothing."""
     folder = os.path.normpath(folder)  # "OUT/" + ".tmp" would be a file inside of it
     tmp = folder + ".tmp"
     shutil.rmtree(tmp, ignore_errors=True)
@@ -192,7 +197,8 @@ def writing(folder: str) -> Iterator[str]:
 
 # ------------------------------------------------------------------------------- config.json
 
-SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+         "num_attention_heads")
 FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias")
 ROPE_NUMBERS = {  # what each kind of scaling cannot do without
     "default": (),
@@ -221,7 +227,7 @@ def is_positive(value: Any) -> bool:
 def read_config(path: str) -> LlamaConfig:
     """config.json, in the dialect of transformers 4 or 5, as a LlamaConfig.
 
-    BadInput names the key of what this model does not implement, or what is no size, number or flag.
+    BadInput names the key of what is not implemented, or what is no size, number or flag.
     """
     raw = read_json(path)
     with reading(path):
@@ -259,7 +265,8 @@ def read_sizes(raw: dict, path: str) -> dict[str, int]:
         if not is_size(sizes[key]):
             refuse(path, key, sizes[key], "a whole number of at least 1")
     if raw.get("head_dim") is None and sizes["hidden_size"] % heads:
-        refuse(path, "num_attention_heads", heads, f"a divisor of hidden_size={sizes['hidden_size']}")
+        refuse(path, "num_attention_heads", heads,
+               f"a divisor of hidden_size={sizes['hidden_size']}")
     if heads % sizes["num_key_value_heads"]:
         refuse(path, "num_key_value_heads", sizes["num_key_value_heads"],
                f"a divisor of num_attention_heads={heads}")
@@ -282,15 +289,19 @@ def read_options(raw: dict, path: str) -> dict[str, float | bool]:
 def read_rope(raw: dict, path: str) -> dict[str, Any]:
     """One dict {"rope_type", "rope_theta", ...} out of both dialects.
 
-    transformers 5 writes rope_parameters, older ones rope_theta and rope_scaling. Where a file has all
-    of them, rope_scaling counts, as in transformers.
+    transformers 5 writes rope_parameters, older ones rope_theta and rope_scaling. Where a file has
+    all of them, rope_scaling counts, as in transformers.
     """
     for key in ("rope_scaling", "rope_parameters"):
         if raw.get(key) is not None and not isinstance(raw[key], dict):
             refuse(path, key, raw[key], "an object or null")
     rope = dict(raw.get("rope_scaling") or raw.get("rope_parameters") or {})
-    oldest = rope.pop("type", None)  # the spelling before rope_type
-    rope["rope_type"] = oldest or rope.get("rope_type") or "default"
+    if rope.get("original_max_position_embeddings") is None:
+        rope.pop("original_max_position_embeddings", None)  # null: the window of config.json
+    kind = rope.pop("type", None)  # the spelling before rope_type
+    if kind is None:
+        kind = rope.get("rope_type")
+    rope["rope_type"] = "default" if kind is None else kind
     if rope.get("rope_theta") is None:
         rope["rope_theta"] = 10000.0 if raw.get("rope_theta") is None else raw["rope_theta"]
     check_rope(rope, path)
@@ -299,7 +310,7 @@ def read_rope(raw: dict, path: str) -> dict[str, Any]:
 
 def check_rope(rope: dict[str, Any], path: str) -> None:
     kind = rope["rope_type"]
-    if kind not in ROPE_NUMBERS:
+    if not isinstance(kind, str) or kind not in ROPE_NUMBERS:
         refuse(path, "rope_type", kind, f"one of {', '.join(ROPE_NUMBERS)}")
     for key, value in rope.items():
         if isinstance(value, dict) or key == "partial_rotary_factor" and value not in (None, 1.0):
@@ -321,13 +332,14 @@ def check_rope(rope: dict[str, Any], path: str) -> None:
 
 
 def config_json(config: LlamaConfig) -> dict[str, Any]:
-    """The dict to write as config.json: the file that was read, with what may have changed since."""
+    """The dict to write as config.json: the file that was read, with what has changed since."""
     raw = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu"}
     raw.update(config.raw)
     for key in config.__dataclass_fields__:
         if key not in ("rope", "raw"):
             raw[key] = getattr(config, key)
-    raw.pop("torch_dtype", None)  # the older name of dtype: two that disagree would mislead a reader
+    # The older name of dtype: two that disagree would mislead a reader.
+    raw.pop("torch_dtype", None)
     five = raw.get("rope_parameters") is not None
     if five:
         raw["rope_parameters"] = dict(config.rope)
@@ -341,8 +353,8 @@ def config_json(config: LlamaConfig) -> dict[str, Any]:
 
 # ------------------------------------------------------------------------------- model folders
 
-def load_pretrained(folder: str, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu",
-                    adapter: str = "") -> Llama:
+def load_pretrained(folder: str, dtype: torch.dtype = torch.float32,
+                    device: str | torch.device = "cpu", adapter: str = "") -> Llama:
     """A whole Llama from a Hugging Face folder, with a PEFT adapter on it where one is named."""
     config = read_config(os.path.join(folder, "config.json"))
     with torch.device("meta"):
@@ -361,8 +373,9 @@ def load_pretrained(folder: str, dtype: torch.dtype = torch.float32, device: str
 
 
 def load_weights(model: Llama, folder: str) -> None:
-    """Fill a model, sharded or not, from a folder; LoRA's matrices are not in it. BadInput names a wrong tensor."""
-    read_parameters(base_parameters(model), weight_files(folder), folder, ignored_names(model.config))
+    """Fill a model, sharded or not, but for LoRA's matrices. BadInput names a wrong tensor."""
+    files = weight_files(folder)
+    read_parameters(base_parameters(model), files, folder, ignored_names(model.config))
 
 
 def base_parameters(model: Llama) -> dict[str, Tensor]:
@@ -371,14 +384,14 @@ def base_parameters(model: Llama) -> dict[str, Tensor]:
 
 
 def ignored_names(config: LlamaConfig) -> tuple[str, ...]:
-    """What files hold though no model reads it: frequencies of old exports, the copy of a tied head."""
+    """What a file may hold beyond: frequencies of old exports, the copy of a tied head."""
     if config.tie_word_embeddings:
         return ("rotary_emb", "lm_head.weight")
     return ("rotary_emb",)
 
 
 def weight_files(folder: str) -> dict[str, str]:
-    """{tensor name: path} from model.safetensors, or from the files that model.safetensors.index.json names."""
+    """{tensor name: path} of a folder with one file of weights, or with an index of several."""
     index = os.path.join(folder, "model.safetensors.index.json")
     single = os.path.join(folder, "model.safetensors")
     if os.path.exists(index):
@@ -397,14 +410,13 @@ def indexed_files(index: str) -> dict[str, str]:
         # A downloaded folder must not reach into the rest of the disk.
         if not isinstance(file, str) or not re.fullmatch(r"[^/\\\0]+\.safetensors", file):
             refuse(index, name, file, "the name of a .safetensors file beside it, without a folder")
-    held = {}
-    for file in sorted(set(weight_map.values())):
-        held[file] = set(tensor_names(os.path.join(os.path.dirname(index), file)))
-    for name, file in sorted(weight_map.items()):
-        if name not in held[file]:
-            path = os.path.join(os.path.dirname(index), file)
-            raise BadInput(f"{path}: {name} is not in this shard, though {os.path.basename(index)} says so")
-    return {name: os.path.join(os.path.dirname(index), file) for name, file in weight_map.items()}
+    folder = os.path.dirname(index)
+    files = {name: os.path.join(folder, file) for name, file in weight_map.items()}
+    held = {path: tensor_names(path) for path in sorted(set(files.values()))}
+    for name, path in sorted(files.items()):
+        if name not in held[path]:
+            raise BadInput(f"{path}: {name} is not in this shard, though the index says so")
+    return files
 
 
 def dtype_of(folder: str) -> torch.dtype:
@@ -418,7 +430,10 @@ def dtype_of(folder: str) -> torch.dtype:
 
 
 def start_lora(model: Llama, seed: int) -> None:
-    """A uniform as nn.Linear starts, B zero: the model begins as its base. The same for any number of processes."""
+    """A uniform as nn.Linear starts, B zero: the model begins as its base.
+
+    Each process draws every whole A and keeps its rows: the same for any number of processes.
+    """
     generator = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():
         local, first, last = own_rows(p)
@@ -430,9 +445,10 @@ def start_lora(model: Llama, seed: int) -> None:
 
 
 def merged_weights(model: Llama, dtype: torch.dtype | None = None) -> Iterator[Tensor]:
-    """The full tensor of each of base_parameters, with LoRA's product on it. All processes have to iterate.
+    """The full tensor of each of base_parameters, with LoRA's product on it.
 
-    The product is added in float32 and the sum rounded once, to `dtype` (None: to that of the weight).
+    The product is added in float32 and the sum rounded once, to `dtype` or else to the weight's
+    own. All processes have to iterate.
     """
     for name, p in base_parameters(model).items():
         module = model.get_submodule(name.rpartition(".")[0])
@@ -447,11 +463,11 @@ def merged_weights(model: Llama, dtype: torch.dtype | None = None) -> Iterator[T
 
 def save_pretrained(model: Llama, folder: str, dtype: torch.dtype | None = None,
                     tokenizer: str | None = None, write: bool = True) -> None:
-    """Write a folder that transformers and vLLM open: config.json, weights in files of 4 GiB, tokenizer's files.
-    What is at `folder` is replaced as a whole.
+    """Write a folder that transformers opens: config.json, weights, the tokenizer's files.
 
-    dtype: of the weights; None: as they are. tokenizer: the folder to copy its files from. Sharded: all
-    processes call it, one with write=True; that one's memory holds one file at a time.
+    What is at `folder` is replaced as a whole. dtype: of the weights; None: as they are. tokenizer:
+    the folder to copy its files from. Sharded: all processes call it, one with write=True; that
+    one's memory holds one file of 4 GiB at a time.
     """
     tensors = merged_weights(model, dtype)
     try:
@@ -479,7 +495,7 @@ def write_model(model: Llama, tensors: Iterator[Tensor], folder: str, dtype: tor
 
 
 def files_of_names(model: Llama, dtype: torch.dtype | None) -> dict[str, list[str]]:
-    """{file: names of its tensors} in the model's order, each file of at most SHARD_BYTES or of one tensor."""
+    """{file: names of its tensors} in the model's order: SHARD_BYTES at most, or one tensor."""
     groups = [[]]
     size = 0
     for name, p in base_parameters(model).items():
@@ -519,7 +535,7 @@ def write_config(model: Llama, folder: str, dtype: torch.dtype, tokenizer: str |
 # ------------------------------------------------------------------------------- adapters
 
 def adapter_tensors(model: Llama) -> tuple[dict[str, Tensor], list[str]]:
-    """What is trained beside LoRA's base: {PEFT's key: parameter}, and the modules that PEFT saves in full."""
+    """({PEFT's key: parameter}, the modules that PEFT saves in full) of what is trained."""
     tensors = {}
     modules = []
     for name, p in model.named_parameters():
@@ -533,7 +549,7 @@ def adapter_tensors(model: Llama) -> tuple[dict[str, Tensor], list[str]]:
         for name, p in model.get_submodule(module).named_parameters():
             tensors[f"{PEFT}{module}.{name}"] = p
     if model.config.tie_word_embeddings and "model.embed_tokens" in modules:
-        # PEFT copies a module that it saves, and so unties the head from it: both are to be written.
+        # PEFT copies a module that it saves, which unties the head from it: both are written.
         modules.append("lm_head")
         tensors[PEFT + "lm_head.weight"] = model.lm_head.weight
     return tensors, modules
@@ -541,11 +557,11 @@ def adapter_tensors(model: Llama) -> tuple[dict[str, Tensor], list[str]]:
 
 def save_adapter(model: Llama, folder: str, base: str, lora: dict[str, Any],
                  tokenizer: str | None = None, write: bool = True) -> None:
-    """Write what was trained for PEFT: LoRA's matrices, and as modules_to_save what was trained in full. float32.
+    """Write what was trained for PEFT: LoRA's matrices, and in full what modules_to_save names.
 
-    base: the folder of the frozen model. lora: lora_r, lora_alpha, lora_targets. config.json holds a
-    changed RoPE base or window, which the base model's does not: open the base with it. All processes
-    call it, one with write=True.
+    base: the folder of the frozen model. lora: lora_r, lora_alpha, lora_targets. config.json holds
+    a changed RoPE base or window, which the base model's does not: open the base with it. All
+    processes call it, one with write=True.
     """
     parameters, modules = adapter_tensors(model)
     tensors = {key: full_tensor(p).clone() for key, p in parameters.items()}
@@ -574,7 +590,7 @@ PLAIN_LORA = {
     "layer_replication": [None],
     "alora_invocation_tokens": [None],
     "fan_in_fan_out": [None, False],
-    # Others (pissa, olora, ...) have taken the first A and B out of the base, whose file still has them.
+    # Others (pissa, olora, ...) take the first A and B out of the base, whose file still has them.
     "init_lora_weights": [None, False, "gaussian", "eva", "orthogonal", True],
 }
 
@@ -591,26 +607,34 @@ def read_adapter(folder: str, config: LlamaConfig) -> dict[str, Any]:
         refuse(path, "r", raw.get("r"), "a whole number of at least 1")
     if not is_positive(alpha):
         refuse(path, "lora_alpha", alpha, "a positive number")
+    targets = raw.get("target_modules")
     modules = raw.get("modules_to_save") or []
-    for key, names in (("target_modules", raw.get("target_modules")), ("modules_to_save", modules)):
-        if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
-            refuse(path, key, names, "a list of names")
+    if not is_names(targets) or not targets:
+        refuse(path, "target_modules", targets, "a list of names")
+    if not is_names(modules):
+        refuse(path, "modules_to_save", modules, "a list of names or null")
     if config.tie_word_embeddings:
+        # PEFT's copy of the embeddings, see adapter_tensors: here they are one tensor all the time.
         modules = [name for name in modules if name != "lm_head"]
-    targets = {target.split(".")[-1] for target in raw["target_modules"]}
+    targets = sorted({target.split(".")[-1] for target in targets})
     return {"lora_r": raw["r"], "lora_alpha": alpha, "train_also": ",".join(modules),
-            "lora_targets": ",".join(sorted(targets))}
+            "lora_targets": ",".join(targets)}
+
+
+def is_names(value: Any) -> bool:
+    """A list of texts, none of them empty."""
+    return isinstance(value, list) and all(isinstance(name, str) and name for name in value)
 
 
 def load_adapter(model: Llama, folder: str) -> None:
-    """Fill what is trained from an adapter's folder. BadInput for other names or shapes than the model's."""
+    """Fill what is trained from an adapter's folder. BadInput for other names or shapes."""
     path = os.path.join(folder, "adapter_model.safetensors")
     files = {key: path for key in tensor_names(path)}
     tensors, _ = adapter_tensors(model)
     read_parameters(tensors, files, folder)
 
 
-# ------------------------------------------------------------------------------- checkpoints: writing
+# ------------------------------------------------------------------------- checkpoints: writing
 
 def all_gather(value: Any) -> list[Any]:
     """The JSON-like values of all processes, in order of rank."""
@@ -634,10 +658,10 @@ def sha256_of_json(value: Any) -> str:
 
 def save_checkpoint(folder: str, model: Llama, optimizer: torch.optim.Optimizer,
                     state: dict[str, Any]) -> str | None:
-    """Write what is trained and AdamW's moments, each process its own rows, and `state` (JSON, with step and config).
+    """Write what is trained and AdamW's moments, each process its own rows, and `state`.
 
-    All processes call it. Returns None, or on every process the line that says what could not be
-    written; then nothing of it is left.
+    state: JSON, with "step" and "config". All processes call it. Returns None, or on every process
+    the line that says what could not be written; then nothing of it is left.
     """
     tmp = folder + ".tmp"
     if dist.get_rank() == 0:
@@ -647,10 +671,11 @@ def save_checkpoint(folder: str, model: Llama, optimizer: torch.optim.Optimizer,
     everyone = all_gather((digests, error))
     errors = [error for _, error in everyone if error]
     if not errors:
-        # The same on all processes, so all of them come by here: a collective that some left out would hang.
+        # `errors` is the same everywhere, so all processes come by here and none waits for another.
         error = None
         if dist.get_rank() == 0:
-            _, error = attempt(finish_checkpoint, tmp, folder, [found for found, _ in everyone], state)
+            shards = [digests for digests, _ in everyone]
+            _, error = attempt(finish_checkpoint, tmp, folder, shards, state)
         errors = [error for error in all_gather(error) if error]
     if not errors:
         return None
@@ -686,7 +711,8 @@ def write_shard(tmp: str, model: Llama, optimizer: torch.optim.Optimizer) -> dic
     return {file: sha256(os.path.join(tmp, file))}
 
 
-def finish_checkpoint(tmp: str, folder: str, shards: list[dict[str, str]], state: dict[str, Any]) -> None:
+def finish_checkpoint(tmp: str, folder: str, shards: list[dict[str, str]],
+                      state: dict[str, Any]) -> None:
     """Write state.json with every shard's digest and its own, and give the folder its name."""
     digests = {}
     for found in shards:
@@ -699,10 +725,13 @@ def finish_checkpoint(tmp: str, folder: str, shards: list[dict[str, str]], state
     put_in_place(tmp, folder)
 
 
-# ------------------------------------------------------------------------------- checkpoints: reading
+# ------------------------------------------------------------------------- checkpoints: reading
 
 def read_state(folder: str, part: int = 0, parts: int = 1) -> dict[str, Any]:
-    """state.json of a checkpoint whose files are what was written, else BadInput. Checks every parts-th file."""
+    """state.json of a checkpoint whose files are what was written, else BadInput.
+
+    Of the shards it reads every parts-th, beginning with number `part`.
+    """
     path = os.path.join(folder, "state.json")
     state = read_json(path)
     digest = state.pop("sha256", None)
@@ -755,8 +784,8 @@ def checkpoints(run: str) -> list[str]:
 def find_checkpoint(run: str, resume: str) -> tuple[str | None, dict[str, Any] | None]:
     """(folder, state) to go on from, or (None, None). The same on all processes.
 
-    resume "": none, and BadInput where there is one that would be overwritten. "auto": the newest whole
-    one; each damaged one is named. Otherwise a folder.
+    resume "": none, and BadInput where there is one that would be overwritten. "auto": the newest
+    whole one; each damaged one is named. Otherwise a folder.
     """
     folders = checkpoints(run) if resume in ("", "auto") else [resume]
     folders = all_gather(folders)[0]  # as the first process sees it
@@ -778,21 +807,22 @@ def find_checkpoint(run: str, resume: str) -> tuple[str | None, dict[str, Any] |
 
 
 def read_state_together(folder: str) -> tuple[dict[str, Any] | None, str | None]:
-    """(state, None), or (None, the first process's complaint): each process checks some of the files."""
+    """(state, None), or (None, what is wrong with it). Each process checks some of the files."""
+    state = error = None
     try:
         state = read_state(folder, dist.get_rank(), dist.get_world_size())
-        error = None
     except BadInput as e:
-        state = None
         error = str(e)
-    errors = [error for error in all_gather(error) if error]
-    return (None, errors[0]) if errors else (state, None)
+    for error in all_gather(error):
+        if error:
+            return None, error
+    return state, None
 
 
 @torch.no_grad()
 def load_checkpoint(folder: str, state: dict[str, Any], model: Llama,
                     optimizer: torch.optim.Optimizer | None = None) -> None:
-    """Fill what is trained, and AdamW's moments, from a checkpoint written by any number of processes."""
+    """Fill what is trained, and AdamW's moments, from a checkpoint of any number of processes."""
     parts = len(state["shards"])
     paths = [os.path.join(folder, f"shard_{i}_of_{parts}.safetensors") for i in range(parts)]
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -801,7 +831,7 @@ def load_checkpoint(folder: str, state: dict[str, Any], model: Llama,
         read_rows(p, name, paths)
         if optimizer is None:
             continue
-        # AdamW counts its steps in a tensor of its own, which the fused kernel wants beside the moments.
+        # AdamW counts steps in a tensor, which the fused kernel wants beside the moments.
         device = p.device if optimizer.defaults["fused"] else "cpu"
         optimizer.state[p] = {"step": torch.tensor(float(state["step"]), device=device)}
         for key in MOMENTS:
@@ -811,13 +841,13 @@ def load_checkpoint(folder: str, state: dict[str, Any], model: Llama,
 
 
 def check_shards(trained: dict[str, Tensor], paths: list[str], folder: str) -> None:
-    """BadInput unless the shards of a checkpoint hold all rows of what is trained and of its moments."""
+    """BadInput unless the shards hold all rows of what is trained, and of its moments."""
     with reading(folder):
         for path in paths:
             held = {name for name in tensor_names(path) if not name.endswith(MOMENTS)}
             differ = sorted(trained.keys() ^ held)
             if differ:
-                raise BadInput(f"{folder}: {differ[0]} is trained in one of checkpoint and model only")
+                raise BadInput(f"{folder}: {differ[0]} is trained in one of checkpoint and model")
         shapes = [tensor_shapes(path) for path in paths]
         for name, p in trained.items():
             for key in (name, *(f"{name}.{moment}" for moment in MOMENTS)):
@@ -825,7 +855,8 @@ def check_shards(trained: dict[str, Tensor], paths: list[str], folder: str) -> N
                 widths = {tuple(shape[key][1:]) for shape in shapes}
                 if rows != len(p) or widths != {tuple(p.shape[1:])}:
                     found = [shape[key] for shape in shapes]
-                    raise BadInput(f"{folder}: {key} has shapes {found}, expected rows of {list(p.shape)}")
+                    raise BadInput(f"{folder}: {key} has shapes {found}, "
+                                   f"expected the rows of {list(p.shape)}")
 
 
 def tensor_shapes(path: str) -> dict[str, list[int]]:
@@ -833,13 +864,13 @@ def tensor_shapes(path: str) -> dict[str, list[int]]:
         return {name: f.get_slice(name).get_shape() for name in f.keys()}
 
 
-# ------------------------------------------------------------------------------- checkpoints: removing
+# ------------------------------------------------------------------------- checkpoints: removing
 
 def prune(run: str, keep: int) -> None:
     """Remove all but the newest `keep` checkpoints and the one with the lowest held-out loss.
 
-    Also what a kill left half written or half removed. What cannot be removed is a warning: the run is
-    worth more than the disk. Nothing else in the folder is touched.
+    Also what a kill left half written or half removed. Nothing else in the folder is touched. What
+    cannot be removed is a warning: the run is worth more than the disk.
     """
     folders = checkpoints(run)
     best = best_checkpoint(folders)
@@ -875,7 +906,7 @@ def best_checkpoint(folders: list[str]) -> str | None:
 # ------------------------------------------------------------------------------- merge
 
 def merge(source: str, out: str, base: str = "") -> None:
-    """Write an adapter, or what a checkpoint has trained, together with its base model as a model folder."""
+    """Write an adapter, or what a checkpoint has trained, with its base model as a model folder."""
     out = os.path.normpath(out)
     if os.path.exists(out):
         raise BadInput(f"{out}: is already there")
@@ -883,7 +914,7 @@ def merge(source: str, out: str, base: str = "") -> None:
     if os.path.exists(adapter_config):
         base = base or read_json(adapter_config).get("base_model_name_or_path")
         if not isinstance(base, str) or not base:
-            refuse(adapter_config, "base_model_name_or_path", base, "a folder: name it as the last word")
+            refuse(adapter_config, "base_model_name_or_path", base, "a folder")
         model = load_pretrained(base, dtype_of(base), adapter=source)
         if os.path.exists(os.path.join(source, "config.json")):
             model.config = read_config(os.path.join(source, "config.json"))
