@@ -68,7 +68,7 @@ def texts(path):
         return [example["context"] for example in run_file(path).examples(8, 4096, 0)]
     corpus = Corpus(path, {"strict": True, "questions": 1})
     found = [corpus[i] for i in range(len(corpus))]
-    return [example.get("document") or example.get("context") for example in found]
+    return [example.get("text") or example.get("context") for example in found]
 
 
 def save_picture(figure, plt, name, options):

@@ -1,74 +1,142 @@
-"""Right or wrong: how answers are compared, which make a pair, and what can be said of one without a judge."""
+"""Right or wrong: how answers are compared, which make a pair, and what can be said of one without
+a judge."""
 import re
 
-from data import words_evaluator
+from data import Evaluator, words_evaluator
 
-LONG_ANSWER = 10  # uncommon words from which on a reference answer need not be repeated word by word
+LONG_ANSWER = 10  # uncommon words from which on a right answer need not be repeated word by word
+
+# Chinese, Japanese and Korean: kana, ideographs, Hangul, and the halfwidth forms of kana.
+CJK = re.compile(r"([\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff"
+                 r"\uac00-\ud7af\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003134f])")
+THOUSANDS = re.compile(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?![\d,])")
 
 
-def normalize(text):
-    """Lower case, no articles, no punctuation, single spaces: how answers are compared."""
-    return " ".join(re.sub(r"\b(a|an|the)\b|[^\w\s]|_", " ", text.lower()).split())
+# -------------------------------------------------------------------------------- comparing answers
+
+def normalize(text: str) -> str:
+    """Lower case, no articles, no punctuation, single spaces, 1,000 as 1000: how answers are
+    compared."""
+    text = THOUSANDS.sub(lambda number: number.group().replace(",", ""), text.lower())
+    # Chinese and Japanese have no spaces. With every character a word of its own, "words in a row"
+    # means what "characters in a row" means there, and a number beside them still begins and ends
+    # where it does.
+    text = CJK.sub(r" \1 ", text)
+    text = re.sub(r"\b(a|an|the)\b|[^\w\s]|_", " ", text)
+    return " ".join(text.split())
 
 
-def is_right(text, answers):
-    """Whether a generated text contains one of the reference answers."""
+def is_right(text: str, answers: list[str]) -> bool:
+    """Whether a generated text contains one of the right answers, as whole words in a row."""
     text = f" {normalize(text)} "
-    return any(f" {normalize(answer)} " in text for answer in answers)
+    for answer in answers:
+        if f" {normalize(answer)} " in text:
+            return True
+    return False
 
 
-def gives(text, answers, share):
-    """is_right, or for a long reference answer: whether the text has so large a share of its uncommon words."""
-    long = [words for words in map(words_evaluator, answers) if len(words) >= LONG_ANSWER]
-    return is_right(text, answers) or any(len(words & words_evaluator(text)) >= share * len(words) for words in long)
+def gives(text: str, answers: list[str], share: float) -> bool:
+    """is_right, or for a long right answer: whether the text has so large a share of its uncommon
+    words."""
+    if is_right(text, answers):
+        return True
+    said = words_evaluator(text)
+    for answer in answers:
+        words = words_evaluator(answer)
+        if len(words) >= LONG_ANSWER and len(words & said) >= share * len(words):
+            return True
+    return False
 
 
-def overlap(a, b):
+def overlap(a: str, b: str) -> float:
     """Words that two texts share, of all their words."""
-    a, b = set(normalize(a).split()), set(normalize(b).split())
-    return len(a & b) / max(1, len(a | b))
+    a_words = set(normalize(a).split())
+    b_words = set(normalize(b).split())
+    return len(a_words & b_words) / max(1, len(a_words | b_words))
 
 
-def fault_of_chosen(text, row, cfg):
-    """Why a chosen answer makes no pair, or None."""
+# -------------------------------------------------------------------------------- which make a pair
+
+def fault_of_chosen(text: str | None, row: dict, cfg: dict) -> str | None:
+    """Why a generated chosen answer makes no pair, or None. text: None for an answer that did not
+    end."""
     if text is None:
         return "chosen unfinished"
     if not text.strip():
         return "chosen empty"
     if normalize(text) == normalize(row["question"]):
         return "chosen repeats the question"
-    wrong = cfg["require_correct_chosen"] and row["answers"] and not gives(text, row["answers"], cfg["correct_share"])
-    return "chosen wrong" if wrong else None
+    # Without a reference there is nothing to be wrong by.
+    comparable = cfg["require_correct_chosen"] and row["answers"]
+    if comparable and not gives(text, row["answers"], cfg["correct_share"]):
+        return "chosen wrong"
+    return None
 
 
-def keep_rejected(row, candidates, cfg):
-    """(numbers of the first M usable candidates, None), or where fewer are usable the fault of the last that was not."""
-    kept, seen, last = [], {normalize(row["chosen"])}, None
+def fault_of_rejected(text: str | None, seen: set[str], row: dict, cfg: dict) -> str | None:
+    """Why a rejected answer is not used, or None. seen: the normalized answers that the pair
+    already has."""
+    if text is None:
+        return "rejected unfinished"
+    if not text.strip():
+        return "rejected empty"
+    # Equal answers would be pushed up and down at once.
+    if normalize(text) in seen:
+        return "rejected equals another answer"
+    if cfg["require_wrong_rejected"] and gives(text, row["answers"], cfg["correct_share"]):
+        return "rejected right"
+    return None
+
+
+def keep_rejected(row: dict, candidates: list[str | None], cfg: dict
+                  ) -> tuple[list[int], str | None]:
+    """(numbers of the first M usable candidates, None); where fewer are usable, the fault of the
+    last that was not."""
+    kept = []
+    seen = {normalize(row["chosen"])}
+    last_fault = None
     for j, text in enumerate(candidates):
-        fault = ("rejected unfinished" if text is None else "rejected empty" if not text.strip() else
-                 "rejected equals another answer" if normalize(text) in seen else
-                 "rejected right" if cfg["require_wrong_rejected"] and gives(text, row["answers"], cfg["correct_share"]) else
-                 None)
-        if fault is None:
+        fault = fault_of_rejected(text, seen, row, cfg)
+        if fault:
+            last_fault = fault
+        else:
             kept.append(j)
             seen.add(normalize(text))
-        last = fault or last
-    return kept[:cfg["n_rejected"]], last if len(kept) < cfg["n_rejected"] else None
+    if len(kept) < cfg["n_rejected"]:
+        return kept, last_fault
+    return kept[:cfg["n_rejected"]], None
 
 
-def audit(cfg, evaluator, row, saw, evidence):
+# -------------------------------------------------------------------------------------------- audit
+
+def kind_of_error(text: str, right: bool | None, asked: set[str], evaluator: Evaluator) -> str:
+    """What a rejected answer looks like, by entities (App. C): it shares none with the question
+    ("unfollowing"), or some, and is wrong ("hallucination"). The paper calls such rules too rough
+    to select by: they only describe."""
+    if right:
+        return "right"
+    return "hallucination" if asked & evaluator(text) else "unfollowing"
+
+
+def audit(cfg: dict, evaluator: Evaluator, row: dict, saw: list[bool | None],
+          evidence: list[str]) -> dict:
     """What can be said of a pair without a judge. None: there is nothing to tell it by.
 
-    error, by entities (App. C): "unfollowing" shares none with the question, "hallucination" shares some and is wrong.
-    The paper calls such rules too rough to select by; an answer of one word counts as unfollowing.
+    saw: whether the prompts of the chosen and of each rejected answer held a right answer.
+    evidence: what each rejected prompt held (data.IRRELEVANT, PARTIAL, NEAR). length_ratio: words
+    of the chosen to a rejected one's.
     """
-    answers, asked = row["answers"], evaluator(row["question"])
-    right = [gives(text, answers, cfg["correct_share"]) if answers else None for text in (row["chosen"], *row["rejected"])]
-    words = [len(text.split()) for text in (row["chosen"], *row["rejected"])]
-    error = ["right" if good else "hallucination" if asked & evaluator(text) else "unfollowing"
-             for good, text in zip(right[1:], row["rejected"])]
+    texts = [row["chosen"], *row["rejected"]]
+    right = [None] * len(texts)
+    if row["answers"]:
+        right = [gives(text, row["answers"], cfg["correct_share"]) for text in texts]
+    asked = evaluator(row["question"])
+    errors = []
+    for text, good in zip(row["rejected"], right[1:]):
+        errors.append(kind_of_error(text, good, asked, evaluator))
+    chosen_words, *rejected_words = [len(text.split()) for text in texts]
+    ratio = chosen_words * len(rejected_words) / max(1, sum(rejected_words))
     return {"chosen_right": right[0], "chosen_saw_evidence": saw[0],
             "rejected_right": right[1:], "rejected_saw_evidence": saw[1:],
-            "evidence": evidence, "error": error,
-            "length_ratio": round(words[0] * len(words[1:]) / max(1, sum(words[1:])), 3),
+            "evidence": evidence, "error": errors, "length_ratio": round(ratio, 3),
             "overlap": [round(overlap(row["chosen"], text), 3) for text in row["rejected"]]}

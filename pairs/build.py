@@ -1,293 +1,479 @@
-"""Pairs: the policy's own answers from the right evidence (chosen) and from wrong or partial evidence (rejected).
+"""Pairs: the policy's own answers from the right evidence (chosen) and from wrong or partial
+(rejected).
 
-    example -> chunks, scores, selection        in worker processes, a few blocks ahead
-      -> question, chosen, M rejected           from the policy here, or from an OpenAI-compatible server
+    example -> chunks, scores, selection        draft: in worker processes, a few blocks ahead
+      -> question, chosen, M rejected           Writer: from the policy here, or from a server
       -> audit                                  what can be checked of a pair without a judge
-      -> a line of pairs.jsonl                  in the examples' order; a pair, or {"id", "dropped": reason}
+      -> a line of pairs.jsonl                  in the examples' order; a pair, or {"id", "dropped"}
 
-Where nothing is lost or repeated: an interrupted build goes on at the first example without a line. With the policy
-here, the file is a function of config and seed, however often it was interrupted and however many workers there are.
+Nothing is lost or repeated: an interrupted build goes on at the first example without a line. With
+the policy here, the file is a function of config and seed, however often it was interrupted and
+however many workers there are.
 """
 import json
 import multiprocessing
 import os
 import re
+import signal
 import threading
 import time
 from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from multiprocessing.pool import ThreadPool
 
 import numpy as np
 from tqdm import tqdm
 
 from configs import BadInput, check_settings, default_groups, pairs_path
-from data import (Selection, check_fit, chunk, importance_scores, load_evaluator, random_stream, read_lines,
-                  select_chunks, text_around)
+from data import (Evaluator, Selection, check_fit, chunk, importance_scores, load_evaluator,
+                  random_stream, read_header, read_lines, select_chunks, text_around, token_ids)
+from model import Llama
 from pairs.answers import audit, fault_of_chosen, is_right, keep_rejected
 from pairs.corpus import read_examples
-from pairs.policy import Endpoint, Failure, Request, local
+from pairs.policy import Endpoint, Failure, Local, Request
+from tokenizer import Tokenizer
 
-UNLUCKY = 20      # examples in a row whose requests failed: then the server is gone
+FAILURES_IN_A_ROW = 20             # examples whose requests failed: then the server is gone
+QUESTION = re.compile(r"(?:^|[.:\n*])[\s\"]*([^.:\n*?\"]{8,300}\?)")
+FIRST_BYTES = b'{"settings": '     # of a pairs' file
 
 
-# ---------------------------------------------------------------------------------- what each prompt will see
+# ------------------------------------------------------------------------ what each prompt will see
 
 @dataclass
 class Draft:
     """An example on its way to a line."""
-    row: dict                    # the line so far
-    chunks: object = None        # token ids of the chunks, by number
-    evidence: int = None         # the chunk that a question is written from
-    selection: Selection = None  # None as well for ready pairs
-    saw: list = field(default_factory=list)  # whether the prompts of chosen and rejected hold the evidence; None: not known
-    dropped: str = None          # why it makes no pair
-    failed: str = None           # why it has no line yet: the next build asks again
+    row: dict                           # the line so far
+    chunks: object = None               # token ids of the chunks, by number
+    evidence: int | None = None         # the chunk that a question is written from
+    selection: Selection | None = None  # None as well for ready pairs
+    # Whether the prompts of chosen and rejected hold the evidence; None: not known.
+    saw: list[bool | None] = field(default_factory=list)
+    dropped: str | None = None          # why it makes no pair
+    failed: str | None = None           # why it has no line yet: the next build asks again
 
-    def open(self):
+    @property
+    def open(self) -> bool:
         return not self.dropped and not self.failed
 
 
-def draft(cfg, tokenizer, evaluator, i, example):
-    """Chunks, scores and selection of an example; where no pair can come of it, dropped says why."""
-    new = Draft({"id": i, "question": example.get("question"), "answers": example.get("answers", [])})
-    text = next(example[key] for key in ("prompt", "document", "context") if key in example)
-    new.chunks = [np.array(ids, dtype=np.int32) for ids in chunk(text, tokenizer, cfg["chunk_size"])]
+def draft(cfg: dict, tokenizer: Tokenizer, evaluator: Evaluator, i: int, example: dict) -> Draft:
+    """Chunks, scores and selection of an example; where no pair can come of it, dropped says
+    why."""
+    new = Draft({"id": i, "document": example["document"], "question": example.get("question"),
+                 "answers": example.get("answers", [])})
+    for key in ("prompt", "text", "context"):
+        if key in example:
+            chunks = chunk(example[key], tokenizer, cfg["chunk_size"])
+            break
+    new.chunks = [np.array(ids, dtype=np.int32) for ids in chunks]
     if "prompt" in example:
-        new.row.update(system=example["system"], chunks=new.chunks, scores=[0] * len(new.chunks), chosen=example["chosen"],
-                       rejected=example["rejected"][:cfg["n_rejected"]])
-        new.dropped = ("prompt longer than n_chunks" if len(new.chunks) > cfg["n_chunks"] else
-                       "fewer than M rejected answers" if len(example["rejected"]) < cfg["n_rejected"] else None)
-    elif "document" in example:
-        long = [c for c, ids in enumerate(new.chunks) if 2 * len(ids) >= cfg["chunk_size"]]
-        new.evidence = int(random_stream("chunk that a question is about", cfg["seed"], i).choice(long or [0]))
-        new.dropped = None if len(new.chunks) > 1 else "no irrelevant chunk"
+        take_ready_pair(cfg, new, example)
+    elif "text" in example:
+        choose_evidence(cfg, new)
     else:
         score(cfg, tokenizer, evaluator, new)
     return new
 
 
-def score(cfg, tokenizer, evaluator, new):
+def take_ready_pair(cfg: dict, new: Draft, example: dict) -> None:
+    """A pair that exists: its prompt is cut into chunks, so that positions can be spread between
+    them."""
+    new.row.update(system=example["system"], chunks=new.chunks, scores=[0] * len(new.chunks),
+                   chosen=example["chosen"], rejected=example["rejected"][:cfg["n_rejected"]])
+    if len(new.chunks) > cfg["n_chunks"]:
+        new.dropped = "prompt longer than n_chunks"
+    elif len(example["rejected"]) < cfg["n_rejected"]:
+        new.dropped = "fewer than M rejected answers"
+
+
+def choose_evidence(cfg: dict, new: Draft) -> None:
+    """Which chunk of a document without a question it will be asked about."""
+    # A document's last chunk may be a few words, which say too little for a question.
+    long = [c for c, ids in enumerate(new.chunks) if 2 * len(ids) >= cfg["chunk_size"]]
+    rng = random_stream("chunk that a question is about", cfg["seed"], new.row["id"])
+    new.evidence = int(rng.choice(long or [0]))
+    if len(new.chunks) == 1:
+        new.dropped = "no irrelevant chunk"
+
+
+def score(cfg: dict, tokenizer: Tokenizer, evaluator: Evaluator, new: Draft) -> None:
     """Fill in scores and selection; let go of the chunks that no prompt will see."""
+    answers = new.row["answers"]
     wanted = set(evaluator(new.row["question"]))
     if cfg["score_with"] == "question+answer":
-        wanted = wanted.union(*(evaluator(answer) for answer in new.row["answers"]))
+        for answer in answers:
+            wanted |= evaluator(answer)
     scores = importance_scores(new.chunks, wanted, tokenizer, evaluator)
-    if new.evidence is not None:  # what a question was written from is critical whatever the words say, if they say anything
+    if new.evidence is not None:
+        # What a question was written from is critical whatever the words say, if they say anything.
         if not scores[new.evidence]:
-            new.dropped, new.chunks = "written question is not about its chunk", None
+            new.dropped = "written question is not about its chunk"
             return
         scores[new.evidence] = max(*scores, cfg["delta"]) + 1
-    new.selection, new.dropped = select_chunks(
-        scores, cfg["n_chunks"], cfg["delta"], cfg["max_critical"], cfg["candidates"] or cfg["n_rejected"],
-        random_stream("selection", cfg["seed"], new.row["id"]))
+    rng = random_stream("selection", cfg["seed"], new.row["id"])
+    n_candidates = cfg["candidates"] or cfg["n_rejected"]
+    new.selection, new.dropped = select_chunks(scores, cfg["n_chunks"], cfg["delta"],
+                                               cfg["max_critical"], n_candidates, rng)
     if new.selection is None:
-        new.chunks = None
         return
-    seen = {c for picked in (new.selection.chosen, new.selection.training, *new.selection.rejected) for c in picked}
+
+    training = new.selection.training
+    new.row["chunks"] = [new.chunks[c] for c in training]
+    new.row["scores"] = [scores[c] for c in training]
+    generating = [new.selection.chosen, *new.selection.rejected]
+    seen = set(training).union(*generating)
     new.chunks = {c: new.chunks[c] for c in seen}
-    new.row.update(chunks=[new.chunks[c] for c in new.selection.training], scores=[scores[c] for c in new.selection.training])
-    answers = new.row["answers"]
-    for picked in (new.selection.chosen, *new.selection.rejected):
-        held = new.evidence in picked if new.evidence is not None else None
-        text = tokenizer.decode([t for c in picked for t in new.chunks[c].tolist()]) if answers else ""
-        new.saw.append(is_right(text, answers) if answers else held)
+    for picked in generating:
+        if answers:
+            new.saw.append(is_right(tokenizer.decode(tokens_of(new, picked)), answers))
+        elif new.evidence is not None:
+            new.saw.append(new.evidence in picked)
+        else:
+            new.saw.append(None)
 
 
-# ----------------------------------------------------------------------------------------------- a block's lines
+def tokens_of(new: Draft, picked: list[int]) -> list[int]:
+    """The token ids of some chunks, one after another."""
+    tokens = []
+    for c in picked:
+        tokens += new.chunks[c].tolist()
+    return tokens
 
-def write_block(cfg, tokenizer, evaluator, source, drafts):
-    """Take a block of drafts to their ends. Rejected answers are only asked for where the chosen one holds."""
-    ask = source(cfg["seed"] * 1_000_003 + drafts[0].row["id"])
 
-    def texts(wanted):
-        """(draft, text) of each (draft, Request); a failed request fails its draft."""
-        for (new, _), text in zip(wanted, ask([request for _, request in wanted]) if wanted else ()):
+# -------------------------------------------------------------------------------- a block's answers
+
+class Writer:
+    """Takes blocks of drafts to their ends. Rejected answers are asked for where the chosen one
+    holds."""
+
+    def __init__(self, cfg: dict, tokenizer: Tokenizer, evaluator: Evaluator,
+                 source: Local | Endpoint):
+        self.cfg = cfg
+        self.tokenizer = tokenizer
+        self.evaluator = evaluator
+        self.source = source
+
+    def finish(self, block: list[Draft]) -> list[Draft]:
+        """All answers of a block: each draft is a pair, or dropped, or failed."""
+        self.source.begin_block(self.cfg["seed"] * 1_000_003 + block[0].row["id"])
+        self.write_questions([new for new in block if new.open and new.evidence is not None])
+        # Ready pairs have no selection, and need no answers.
+        self.write_chosen([new for new in block if new.open and new.selection])
+        self.write_rejected([new for new in block if new.open and new.selection])
+        for new in block:
+            self.close(new)
+        return block
+
+    def ask(self, drafts: list[Draft], requests: list[Request]) -> list[str | None]:
+        """The texts that answer the drafts' requests. One without an answer fails its draft."""
+        texts = self.source.answers(requests)
+        for new, text in zip(drafts, texts):
             if isinstance(text, Failure):
                 new.failed = text
-            yield new, text
+        return texts
 
-    def request(new, picked, j=0):
+    def request(self, new: Draft, picked: list[int], j: int) -> Request:
         """Answer j of a draft from some of its chunks."""
-        return new, Request(*as_asked(cfg, new, picked), cfg["temperature"], seed_of(cfg, new, j))
+        head, tail = text_around(self.cfg, new.row["question"])
+        return Request(head, tokens_of(new, picked), tail, self.seed_of(new, j))
 
-    for new, text in texts([(new, question_request(cfg, new)) for new in drafts if new.open() and new.evidence is not None]):
-        new.row["question"] = question_in(text)
-        if not new.failed and new.row["question"]:
-            score(cfg, tokenizer, evaluator, new)
-        elif not new.failed:
-            new.dropped = "no question written"
-    drafts_open = [new for new in drafts if new.open() and new.selection]
-    if cfg["chosen_from"] == "reference":
-        for new in drafts_open:
-            new.row["chosen"] = (new.row["answers"] or [""])[0]
-            new.dropped = None if new.row["chosen"] else "no reference answer"
-    else:
-        for new, text in texts([request(new, new.selection.chosen) for new in drafts_open]):
-            new.row["chosen"], new.dropped = text, None if new.failed else fault_of_chosen(text, new.row, cfg)
-    drafts_open = [new for new in drafts_open if new.open()]
-    wanted = [request(new, picked, j) for new in drafts_open for j, picked in enumerate(new.selection.rejected, 1)]
-    candidates = {}
-    for new, text in texts(wanted):
-        candidates.setdefault(new.row["id"], []).append(text)
-    for new in drafts_open:
-        if new.open():
-            finish(cfg, evaluator, new, candidates[new.row["id"]])
-    for new in drafts:
-        if new.open():
+    def seed_of(self, new: Draft, j: int) -> int:
+        return ((self.cfg["seed"] * 1_000_003 + new.row["id"]) * 64 + j) % (1 << 31)
+
+    def write_questions(self, drafts: list[Draft]) -> None:
+        """A question about one chunk of each document. With it, the chunks can be scored."""
+        requests = []
+        for new in drafts:
+            tail = "\n\n" + self.cfg["question_prompt"]
+            tokens = tokens_of(new, [new.evidence])
+            requests.append(Request(self.cfg["prompt_head"], tokens, tail, self.seed_of(new, 63)))
+        for new, text in zip(drafts, self.ask(drafts, requests)):
+            if new.failed:
+                continue
+            new.row["question"] = question_in(text)
+            if new.row["question"]:
+                score(self.cfg, self.tokenizer, self.evaluator, new)
+            else:
+                new.dropped = "no question written"
+
+    def write_chosen(self, drafts: list[Draft]) -> None:
+        """The answer from critical chunks only."""
+        if self.cfg["chosen_from"] == "reference":
+            for new in drafts:
+                new.row["chosen"] = new.row["answers"][0] if new.row["answers"] else ""
+                new.dropped = None if new.row["chosen"] else "no reference answer"
+            return
+        requests = [self.request(new, new.selection.chosen, 0) for new in drafts]
+        for new, text in zip(drafts, self.ask(drafts, requests)):
+            if not new.failed:
+                new.row["chosen"] = text
+                new.dropped = fault_of_chosen(text, new.row, self.cfg)
+
+    def write_rejected(self, drafts: list[Draft]) -> None:
+        """The answers from irrelevant chunks and from partial evidence, and the audit."""
+        owners = []
+        requests = []
+        for new in drafts:
+            for j, picked in enumerate(new.selection.rejected, 1):
+                owners.append(new)
+                requests.append(self.request(new, picked, j))
+        candidates = {new.row["id"]: [] for new in drafts}
+        for new, text in zip(owners, self.ask(owners, requests)):
+            candidates[new.row["id"]].append(text)
+        for new in drafts:
+            if not new.failed:
+                self.choose_rejected(new, candidates[new.row["id"]])
+
+    def choose_rejected(self, new: Draft, candidates: list[str | None]) -> None:
+        kept, new.dropped = keep_rejected(new.row, candidates, self.cfg)
+        if new.dropped:
+            return
+        new.row["rejected"] = [candidates[j] for j in kept]
+        saw = [new.saw[0]] + [new.saw[1 + j] for j in kept]
+        evidence = [new.selection.evidence[j] for j in kept]
+        new.row["audit"] = audit(self.cfg, self.evaluator, new.row, saw, evidence)
+
+    def close(self, new: Draft) -> None:
+        """Leave of a draft what its line needs."""
+        if new.open and self.length(new.row) > self.cfg["window"]:
+            new.dropped = "longer than window"
+        if new.open:
             new.row["chunks"] = [ids.tolist() for ids in new.row["chunks"]]
-        new.chunks = new.selection = None  # only the line goes on
-    return drafts
+        new.chunks = None
+        new.selection = None
+
+    def length(self, row: dict) -> int:
+        """Positions that a pair needs: a long question or reference answer may not fit."""
+        prefix, suffix, answers = token_ids(row, self.tokenizer, self.cfg)
+        prompt = len(prefix) + len(suffix) + sum(len(ids) for ids in row["chunks"])
+        return prompt + max(len(answer) for answer in answers)
 
 
-def as_asked(cfg, new, picked):
-    head, tail = text_around(cfg, new.row["question"])
-    return head, [t for c in picked for t in new.chunks[c].tolist()], tail
-
-
-def seed_of(cfg, new, j):
-    return ((cfg["seed"] * 1_000_003 + new.row["id"]) * 64 + j) % (1 << 31)
-
-
-def question_request(cfg, new):
-    return Request(cfg["prompt_head"], new.chunks[new.evidence].tolist(), "\n\n" + cfg["question_prompt"], cfg["temperature"],
-                   seed_of(cfg, new, 63))
-
-
-def question_in(text):
+def question_in(text: str | None) -> str | None:
     """The question in what was written on being asked for one, or None."""
-    found = re.search(r"(?:^|[.:\n*])[\s\"]*([^.:\n*?\"]{8,300}\?)", text or "")
-    return found and found.group(1).strip()
+    found = QUESTION.search(text or "")
+    return found.group(1).strip() if found else None
 
 
-def finish(cfg, evaluator, new, candidates):
-    """Choose the rejected answers, audit the pair, apply the last filter."""
-    kept, new.dropped = keep_rejected(new.row, candidates, cfg)
-    if new.dropped:
-        return
-    new.row["rejected"] = [candidates[j] for j in kept]
-    new.row["audit"] = audit(cfg, evaluator, new.row, [new.saw[0], *(new.saw[j + 1] for j in kept)],
-                                        [new.selection.evidence[j] for j in kept])
+# ------------------------------------------------------------------------------------------ workers
 
-
-# ------------------------------------------------------------------------------------------------------- the file
-
-def header(cfg):
-    """What the pairs are made by: two files whose headers differ do not mix."""
-    keys = ["model", "adapter", "examples", "dtype", *default_groups()["build"]]
-    return {key: cfg[key] for key in keys}
-
-
-def start_file(path, header):
-    """Ids already in the pairs' file. A line cut short by a kill is taken off; other settings are refused."""
-    done = set()
-    if not os.path.exists(path):
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        with open(path, "w", encoding="utf-8") as f:
-            f.write(json.dumps({"settings": header}) + "\n")
-        return done
-    with open(path, "rb+") as f:
-        whole = 0
-        for line in f:
-            whole += len(line) if line.endswith(b"\n") else 0
-        f.truncate(whole)
-    if not whole:
-        os.remove(path)
-        return start_file(path, header)
-    for number, row in read_lines(path):
-        if number == 1:
-            built = row.get("settings", {})
-            for key in header:
-                if built.get(key) != header[key]:
-                    raise BadInput(f"{path}: was built with {key}={built.get(key)!r}, now it is {header[key]!r}: "
-                                   "name another file with pairs=, or remove this one")
-        else:
-            done.add(row.get("id"))
-    return done
-
-
-def ahead(submit, items, depth):
-    """submit(item).get() of each item, in order, with up to `depth` of them at work."""
+def ahead(pool: Executor, work: Callable, items: Iterable, depth: int) -> Iterator:
+    """work(item) of each item, in order, with up to `depth` of them under way."""
     waiting = deque()
     for item in items:
-        waiting.append(submit(item))
+        waiting.append(pool.submit(work, item))
         if len(waiting) >= depth:
-            yield waiting.popleft().get()
+            yield waiting.popleft().result()
     while waiting:
-        yield waiting.popleft().get()
+        yield waiting.popleft().result()
 
 
-def draft_block(ids):
-    """In a worker: the drafts of a block of examples. What it works on was there before the fork."""
-    return [draft(*draft_block.settings, i, draft_block.examples[i]) for i in ids]
+def draft_block(ids: Iterable[int]) -> list[Draft]:
+    """In a worker: the drafts of a block of examples. What it works on was there before the
+    fork."""
+    examples = draft_block.examples
+    return [draft(*draft_block.settings, i, examples[i]) for i in ids]
 
 
-def drafts(cfg, tokenizer, evaluator, examples, blocks):
-    """Drafts of blocks of examples, in order, from worker processes a few blocks ahead of whoever takes them."""
-    draft_block.settings, draft_block.examples = (cfg, tokenizer, evaluator), examples
-    workers = min(cfg["workers"] or os.cpu_count(), len(blocks))
+def drafts(cfg: dict, tokenizer: Tokenizer, evaluator: Evaluator, examples: Sequence[dict],
+           blocks: list[Iterable[int]]) -> Iterator[list[Draft]]:
+    """Drafts of blocks of examples, in order, from worker processes a few blocks ahead."""
+    draft_block.settings = (cfg, tokenizer, evaluator)
+    draft_block.examples = examples
+    workers = min(cfg["workers"] or os.cpu_count() or 1, len(blocks))
     if workers < 2:
         yield from map(draft_block, blocks)
         return
-    fork = multiprocessing.get_context("fork")  # shares the open corpus; the workers touch neither torch nor a GPU
-    with fork.Pool(workers, die_with, (os.getpid(),)) as pool:
-        yield from ahead(lambda ids: pool.apply_async(draft_block, (ids,)), blocks, 2 * workers)
+    # Forked, they share the opened corpus. They touch neither torch nor a GPU, which a fork would
+    # break.
+    fork = multiprocessing.get_context("fork")
+    pool = ProcessPoolExecutor(workers, fork, start_worker, (os.getpid(),))
+    try:
+        yield from ahead(pool, draft_block, blocks, 2 * workers)
+    except BrokenProcessPool as e:
+        raise BadInput("a worker process was killed, as the kernel does when memory runs out: the "
+                       "same command goes on, and needs less memory with "
+                       f"workers={workers // 2}") from e
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
-def die_with(parent):
-    """A worker whose parent was killed ends as well."""
+def start_worker(parent: int) -> None:
+    """A worker ends when its parent was killed, and leaves Ctrl-C, which all processes get, to
+    it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
     def watch():
         while os.getppid() == parent:
             time.sleep(0.5)
         os._exit(1)
+
     threading.Thread(target=watch, daemon=True).start()
 
 
-def build_pairs(cfg, policy, tokenizer):
+# ----------------------------------------------------------------------------------------- the file
+
+def header(cfg: dict, tokenizer: Tokenizer, endpoint_model: str) -> dict:
+    """What the pairs are made by: files whose headers differ do not mix."""
+    keys = ["model", "adapter", "examples", "dtype", *default_groups()["build"]]
+    settings = {key: cfg[key] for key in keys}
+    settings["endpoint_model"] = endpoint_model
+    settings["tokenizer"] = tokenizer.digest
+    return settings
+
+
+def read_built(path: str) -> tuple[dict | None, set[int]]:
+    """(settings, ids that have a line) of a pairs' file; (None, set()) where none is begun yet."""
+    if not os.path.exists(path):
+        return None, set()
+    cut_torn_line(path)
+    if not os.path.getsize(path):
+        return None, set()
+    done = {row.get("id") for number, row in read_lines(path) if number > 1}
+    return read_header(path), done
+
+
+def cut_torn_line(path: str) -> None:
+    """Take off a line that a kill cut short. A file that is none of ours is refused before."""
+    try:
+        with open(path, "rb+") as f:
+            start = f.read(len(FIRST_BYTES))
+            if start != FIRST_BYTES[:len(start)]:
+                raise BadInput(f"{path}: is no file of pairs: name another one with pairs=")
+            f.seek(0)
+            whole = 0
+            for line in f:
+                if line.endswith(b"\n"):
+                    whole += len(line)
+            f.truncate(whole)
+    except OSError as e:
+        raise BadInput(f"{path}: cannot be written ({e.strerror})") from e
+
+
+def refuse_other_settings(path: str, built: dict, settings: dict) -> None:
+    for key in {**settings, **built}:
+        if built.get(key) != settings.get(key):
+            raise BadInput(f"{path}: was built with {key}={built.get(key)!r}, now it is "
+                           f"{settings.get(key)!r}: name another file with pairs=, or remove it")
+
+
+def start_file(path: str, settings: dict) -> None:
+    try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        with open(path, "w", encoding="utf-8") as f:
+            f.write(json.dumps({"settings": settings}) + "\n")
+    except OSError as e:
+        raise BadInput(f"{path}: cannot be written ({e.strerror})") from e
+
+
+def missing_blocks(cfg: dict, n: int, done: set[int]) -> list[Sequence[int]]:
+    """The blocks of examples some of which have no line."""
+    size = cfg["build_batch"]
+    blocks = [range(start, min(start + size, n)) for start in range(0, n, size)]
+    blocks = [ids for ids in blocks if not done.issuperset(ids)]
+    if cfg["endpoint"]:
+        # A server's answers do not depend on the block, so none is asked for twice. Here they do:
+        # they are drawn from one stream, so a block that was cut is written anew to come out the
+        # same.
+        blocks = [[i for i in ids if i not in done] for ids in blocks]
+    return blocks
+
+
+def finished(writer: Writer, drafted: Iterator[list[Draft]]) -> Iterator[list[Draft]]:
+    """Blocks of drafts, taken to their ends in order."""
+    if isinstance(writer.source, Local):
+        yield from map(writer.finish, drafted)
+        return
+    # A server likes many requests at once: each thread takes one example through its answers.
+    at_once = writer.cfg["endpoint_requests"]
+    singles = ([new] for block in drafted for new in block)
+    pool = ThreadPoolExecutor(at_once)
+    try:
+        yield from ahead(pool, writer.finish, singles, 2 * at_once)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def build_pairs(cfg: dict, policy: Callable[[], Llama], tokenizer: Tokenizer) -> int:
     """Append a line for each example to the pairs' file: a pair, or {"id", "dropped": reason}.
 
-    policy: a function that opens the model; it is not called where no pair is missing or an endpoint answers.
-    Returns how many examples have no line because requests failed; the same call asks for them again.
+    policy: opens the model; it is not called where no pair is missing or an endpoint answers.
+    Returns how many examples have no line because requests failed; the same call asks for them
+    again.
     """
     check_settings(cfg)
     check_fit(cfg, tokenizer)
-    path, examples, evaluator = pairs_path(cfg), read_examples(cfg, "train"), load_evaluator(cfg)
-    done = start_file(path, header(cfg))
-    size, n = cfg["build_batch"], len(examples)
-    blocks = [range(start, min(start + size, n)) for start in range(0, n, size)]
-    blocks = [ids for ids in blocks if not done.issuperset(ids)]
-    if cfg["endpoint"]:  # its answers do not depend on the block: none is asked for twice
-        blocks = [[i for i in ids if i not in done] for ids in blocks]
-    failed, unlucky = [], 0
-    with open(path, "a", encoding="utf-8") as f, tqdm(total=n, desc="pairs", disable=None) as bar:
-        bar.update(n - sum(map(len, blocks)))
-        for block in written(cfg, tokenizer, evaluator, policy, drafts(cfg, tokenizer, evaluator, examples, blocks)):
+    path = pairs_path(cfg)
+    examples = read_examples(cfg, "train")
+    evaluator = load_evaluator(cfg)
+    built, done = read_built(path)
+    blocks = missing_blocks(cfg, len(examples), done)
+
+    # A server is only asked for its model where it will be asked for answers: it may be gone by
+    # then.
+    source = None
+    endpoint_model = cfg["endpoint_model"] or (built or {}).get("endpoint_model", "")
+    if blocks and cfg["endpoint"]:
+        source = Endpoint(cfg, tokenizer)
+        endpoint_model = source.model
+    elif blocks:
+        source = Local(cfg, policy, tokenizer)
+    settings = header(cfg, tokenizer, endpoint_model)
+    if built is None:
+        start_file(path, settings)
+    else:
+        refuse_other_settings(path, built, settings)
+
+    failures = []
+    if blocks:
+        drafted = drafts(cfg, tokenizer, evaluator, examples, blocks)
+        blocks_done = finished(Writer(cfg, tokenizer, evaluator, source), drafted)
+        before = len(examples) - sum(len(ids) for ids in blocks)
+        with tqdm(total=len(examples), initial=before, desc="pairs", disable=None) as bar:
+            failures = write_lines(path, blocks_done, done, bar)
+    print_summary(path, len(examples))
+    if failures:
+        print(f"warning: {len(failures)} examples have no line, requests failed "
+              f"(as {failures[-1]}): the same command asks again")
+    return len(failures)
+
+
+def write_lines(path: str, blocks: Iterable[list[Draft]], done: set[int], bar: tqdm) -> list[str]:
+    """Append the lines of blocks as they come; why those have none that failed."""
+    failures = []
+    in_a_row = 0
+    with open(path, "a", encoding="utf-8") as f:
+        for block in blocks:
             for new in block:
-                unlucky = unlucky + 1 if new.failed else 0 if not new.dropped else unlucky
                 if new.failed:
-                    failed.append(new.failed)
-                elif new.row["id"] not in done:
+                    failures.append(new.failed)
+                    in_a_row += 1
+                    continue
+                if not new.dropped:
+                    in_a_row = 0
+                if new.row["id"] not in done:
                     line = {"id": new.row["id"], "dropped": new.dropped} if new.dropped else new.row
-                    f.write(json.dumps(line, ensure_ascii=False).encode("utf-8", "replace").decode() + "\n")
+                    f.write(json.dumps(line, ensure_ascii=False) + "\n")
             f.flush()
             bar.update(len(block))
-            if unlucky >= UNLUCKY:
-                raise BadInput(f"endpoint={cfg['endpoint']}: {unlucky} examples in a row failed, the last with {failed[-1]}; "
-                               f"what is in {path} stays, the same command goes on")
-    reasons = Counter(row.get("dropped", "") for number, row in read_lines(path) if number > 1)
-    print(f"{path}: {reasons.pop('', 0)} pairs of {n} examples"
-          + "".join(f", {count} dropped: {reason}" for reason, count in reasons.most_common()))
-    if failed:
-        print(f"warning: {len(failed)} examples have no line, requests failed (as {failed[-1]}): the same command asks again")
-    return len(failed)
+            if in_a_row >= FAILURES_IN_A_ROW:
+                raise BadInput(f"{in_a_row} examples in a row failed, the last with "
+                               f"{failures[-1]}; what is in {path} stays, the same command goes on")
+    return failures
 
 
-def written(cfg, tokenizer, evaluator, policy, drafted):
-    """Blocks of drafts, taken to their ends in order. A server is kept busy with several blocks at once."""
-    if not cfg["endpoint"]:
-        source = local(cfg, policy, tokenizer)
-        return (write_block(cfg, tokenizer, evaluator, source, block) for block in drafted)
-    source, at_once = Endpoint(cfg, tokenizer), 1 + cfg["endpoint_requests"] // cfg["build_batch"]
-    threads = ThreadPool(at_once)
-    job = lambda block: threads.apply_async(write_block, (cfg, tokenizer, evaluator, source, block))
-    return ahead(job, drafted, 2 * at_once)
+def print_summary(path: str, n: int) -> None:
+    """How many pairs, and what became of the other examples."""
+    pairs = 0
+    reasons = Counter()
+    for number, row in read_lines(path):
+        if "dropped" in row:
+            reasons[row["dropped"]] += 1
+        elif number > 1:
+            pairs += 1
+    said = [f"{path}: {pairs} pairs of {n} examples"]
+    said += [f"{count} dropped: {reason}" for reason, count in reasons.most_common()]
+    print(", ".join(said))

@@ -1,272 +1,358 @@
-"""Corpora as people have them, read into examples one at a time.
+"""Corpora: rows of a few forms, read into examples one at a time.
 
-    a row                                                                       its examples
-    {"context", "question", "answers"}        a text, or a list of passages     one
-    {"question", "answers", "title", "text"}  the passage that answers          one, among passages of other rows
-    {"conversations": [{"role", "content"}]}  a document and its first question in the first user turn,
-                                              more questions after it           one a question (long-llm-data)
-    {"instruction", "output"}                 the same in one turn              one (LongAlpaca)
-    {"text"}, or a .txt file                  a document alone                  `questions`, which the policy writes
-    {"prompt", "chosen", "rejected"}          preference pairs that exist       one, ready (texts, or TRL's messages)
+    a row                                          its examples
+    {"context", "question", "answers"}             one: the context is a text, or passages
+    {"question", "answers", "title", "text"}       one: a passage that answers, among others
+    {"text"}, or a .txt file                       `questions`, which the policy writes about it
+    {"prompt", "system", "chosen", "rejected"}     one: a pair that exists; rejected: one or a list
 
-Rows come from .jsonl, .json (lines, or one array), these with .gz, a folder of such files, or - for standard input.
-Every row is read twice: at the start, to name what is wrong with it and to note where it lies; later, when its turn
-comes. In between, a few integers of it are in memory, so a corpus may be larger than that.
+Rows come from .jsonl, .json (lines, or one array), these with .gz, a folder of such files, or - for
+standard input. Other forms become these by: python -m pairs convert FORMAT IN OUT
+
+Every row is read twice: at the start, to name what is wrong with it and to note where it lies;
+later, when its turn comes. In between, a few integers of it are in memory: a corpus may be larger
+than that.
+
+Rows about one text (context, passage, document, prompt) are one *document*. What is trained on and
+what is asked afterwards is split by document: else the questions would be about a text that was
+read.
 """
 import gzip
+import hashlib
 import json
 import os
-import re
-import shutil
 import sys
 import tempfile
 import zlib
 from array import array
-
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
 
 from configs import BadInput, run_file
-from data import random_stream
+from data import is_text, random_stream
 
 ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".txt")
-# LongAlpaca frames its documents; long-llm-data sets the question apart by rules of hyphens, or by an empty line alone.
-FRAME = re.compile(r"\A(?:Below is|There are two) [^\n]*\n(?:\s*The (?:first )?paper begins\.\s*)?")
-QUESTION_FOLLOWS = re.compile(r"\n\s*Now the (?:second )?(?:paper|material|book) ends\.|\n-{8,}\n|\n\s*\n")
+SPOOLED = -1  # the "file" of rows that had to be unpacked
+
+# Keys by which a row of another form is known, so that the message can say what to do.
+CONVERTED = {"conversations": "long-llm-data", "messages": "long-llm-data",
+             "instruction": "longalpaca"}
 
 
-# ------------------------------------------------------------------------------------------ a row -> its examples
+# ------------------------------------------------------------------------------ a row -> an example
 
-def text_of(row, key, cfg):
+def text_at(row: dict, key: str) -> str:
     """row[key], a text that is not empty."""
     text = row.get(key)
-    if not isinstance(text, str) or not text.strip():
+    if not is_text(text) or not text.strip():
         raise BadInput(f"{key!r} is {repr(text)[:60]}, expected a text that is not empty")
     return text
 
 
-def examples_of(row, cfg):
-    """The examples of a row. BadInput, without file and line, says what is wrong with it."""
+def example_of(row: object) -> dict:
+    """The example of a row. BadInput, without file and line, says what is wrong with it."""
     if not isinstance(row, dict):
         raise BadInput(f"expected a JSON object, found {repr(row)[:40]}")
+    for key, form in CONVERTED.items():
+        if key in row:
+            raise BadInput(f"has {key!r}: python -m pairs convert {form} IN OUT makes rows of ours")
     if "chosen" in row or "rejected" in row:
-        return [ready(row, cfg)]
-    if "instruction" in row:
-        answer = [{"role": "assistant", "content": row["output"]}] if row.get("output") else []
-        text = "\n\n".join(part for part in (text_of(row, "instruction", cfg), row.get("input")) if part)
-        return conversation([{"role": "user", "content": text}, *answer], cfg)
-    if turns := row.get("conversations") or row.get("messages"):
-        return conversation(turns, cfg)
+        return ready_pair(row)
     if "question" not in row and "text" in row:
-        return [{"document": text_of(row, "text", cfg)}] * cfg["questions"]
-    answers = row.get("answers", [row["answer"]] if row.get("answer") else [])
-    if not isinstance(answers, list) or not all(isinstance(a, str) and a.strip() for a in answers):
-        raise BadInput(f"'answers' is {repr(answers)[:60]}, expected a list of texts that are not empty")
-    example = {"question": text_of(row, "question", cfg), "answers": answers}
+        return {"text": text_at(row, "text")}
+    example = {"question": text_at(row, "question"), "answers": answers_of(row)}
     if "text" in row:
-        return [{**example, "passage": f"{row.get('title') or ''}\n{text_of(row, 'text', cfg)}".strip()}]
-    passages = row["context"] if isinstance(row.get("context"), list) and row["context"] else [row.get("context")]
-    texts = [text_of({"context": passage}, "context", cfg) for passage in passages]
-    return [{**example, "context": texts if isinstance(row["context"], list) else texts[0]}]
+        title = row.get("title") or ""
+        return {**example, "passage": f"{title}\n{text_at(row, 'text')}".strip()}
+    context = row.get("context")
+    passages = context if isinstance(context, list) and context else [context]
+    for passage in passages:
+        text_at({"context": passage}, "context")
+    return {**example, "context": context}
 
 
-def turns_of(messages):
-    """[(role, text), ...] with the roles system, user, assistant, from {"role", "content"} or {"from", "value"}."""
-    names, turns = {"human": "user", "gpt": "assistant"}, []
-    for message in messages if isinstance(messages, list) else [messages]:
-        found = message if isinstance(message, dict) else {}
-        role, text = found.get("role", found.get("from")), found.get("content", found.get("value"))
-        if names.get(role, role) not in ("system", "user", "assistant") or not isinstance(text, str):
-            raise BadInput(f"a message is {repr(message)[:60]}, expected {{'role': user or assistant, 'content': a text}}")
-        turns.append((names.get(role, role), text))
-    return turns
+def answers_of(row: dict) -> list[str]:
+    """The right answers of a row: "answers", or a single "answer", or none."""
+    answers = row.get("answers", [])
+    if "answers" not in row and row.get("answer"):
+        answers = [row["answer"]]
+    if not isinstance(answers, list) or not all(is_text(a) and a.strip() for a in answers):
+        raise BadInput(f"'answers' is {repr(answers)[:60]}, expected a list of texts that are not "
+                       "empty")
+    return answers
 
 
-def conversation(messages, cfg):
-    """An example for each question of a conversation about the document in its first user turn."""
-    turns = [turn for turn in turns_of(messages) if turn[0] != "system"]
-    if not turns or [role for role, _ in turns] != [("user", "assistant")[i % 2] for i in range(len(turns))]:
-        raise BadInput(f"roles are {[role for role, _ in turns][:6]}, expected user and assistant in turn, user first")
-    first = text_of({"first user turn": turns[0][1]}, "first user turn", cfg)
-    breaks = list(QUESTION_FOLLOWS.finditer(first.rstrip()))
-    marked = [b for b in breaks if b.group().strip()]
-    end = (marked or breaks or [None])[-1]
-    context, question = (FRAME.sub("", first[:end.start()]).strip(), first[end.end():].strip()) if end else ("", "")
-    if not context or not question or len(question) > 4000:
-        raise BadInput("the first user turn ends with no question, expected document, empty line, question")
-    questions = [question] + [text for _, text in turns[2::2]]
-    answers = [text for _, text in turns[1::2]]
-    return [{"context": context, "question": q.strip(), "answers": [a for a in answers[i:i + 1] if a.strip()]}
-            for i, q in enumerate(questions) if q.strip()]
-
-
-def ready(row, cfg):
-    """A pair that exists: {"prompt", "system", "chosen", "rejected": [...]}, from texts or from messages as in TRL."""
+def ready_pair(row: dict) -> dict:
+    """A pair that exists: {"prompt", "system", "chosen", "rejected": [text, ...]}."""
     rejected = row.get("rejected")
-    many = isinstance(rejected, list) and rejected and not isinstance(rejected[0], dict)
-    answers = [row.get("chosen"), *(rejected if many else [rejected])]
-    for key, answer in zip(("chosen", *["rejected"] * len(answers)), answers):
-        if not answer or not isinstance(answer, (str, list)):
-            raise BadInput(f"{key!r} is {repr(answer)[:60]}, expected a text, or a list of messages")
-    if all(isinstance(answer, str) for answer in answers):
-        prompt = turns_of(row["prompt"]) if isinstance(row.get("prompt"), list) else [("user", text_of(row, "prompt", cfg))]
-    else:
-        answers = [turns_of(answer) for answer in answers]
-        prompt = turns_of(row["prompt"]) if isinstance(row.get("prompt"), list) else answers[0][:-1]
-        if isinstance(row.get("prompt"), str) and not prompt:
-            prompt = [("user", row["prompt"])]
-        if any(answer[:-1] not in ([], prompt) or answer[-1][0] != "assistant" for answer in answers):
-            raise BadInput("expected chosen and rejected to be one assistant message after the same prompt")
-        answers = [answer[-1][1] for answer in answers]
-    system = [text for role, text in prompt if role == "system"]
-    if [role for role, _ in prompt[len(system):]] != ["user"] or len(system) > 1:
-        raise BadInput(f"the prompt has the roles {[role for role, _ in prompt][:6]}, expected one user turn (after a system turn)")
-    if not all(answer.strip() for answer in answers) or answers[0] in answers[1:]:
-        raise BadInput("expected chosen and rejected that are not empty and not the same")
-    return {"prompt": text_of({"prompt": prompt[-1][1]}, "prompt", cfg), "system": system[0] if system else None,
-            "chosen": answers[0], "rejected": answers[1:]}
+    # A text is a sequence as well: "No." would become the three answers N, o and a full stop.
+    if isinstance(rejected, str):
+        rejected = [rejected]
+    if not isinstance(rejected, list) or not rejected:
+        raise BadInput(f"'rejected' is {repr(rejected)[:60]}, expected a text, or a list of texts")
+    if isinstance(row.get("chosen"), list) or isinstance(rejected[0], dict):
+        raise BadInput("has messages: python -m pairs convert trl IN OUT makes rows of ours")
+    chosen = text_at(row, "chosen")
+    for text in rejected:
+        text_at({"rejected": text}, "rejected")
+        if text.strip() == chosen.strip():
+            raise BadInput(f"'chosen' and 'rejected' are both {chosen[:40]!r}, expected different "
+                           "texts")
+    system = None if row.get("system") is None else text_at(row, "system")
+    return {"prompt": text_at(row, "prompt"), "system": system, "chosen": chosen,
+            "rejected": rejected}
 
 
-# ------------------------------------------------------------------------------------------- files, row by row
+def number_of_document(example: dict, numbers: dict[bytes, int]) -> int:
+    """Which of the different texts it is about, in the order in which they came. numbers: by
+    digest."""
+    for key in ("text", "passage", "prompt", "context"):
+        if key in example:
+            text = json.dumps(example[key])
+            digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
+            return numbers.setdefault(digest, len(numbers))
+    raise BadInput("expected a context")
 
-def files_of(path):
+
+# ------------------------------------------------------------------------------- files, row by row
+
+def files_of(path: str) -> list[str]:
     """The files of a corpus: itself, or all below a folder whose ending is one of ours."""
-    if os.path.isdir(path):
-        found = sorted(os.path.join(folder, name) for folder, _, names in os.walk(path)
-                       for name in names if name.endswith(ENDINGS))
-        if not found:
-            raise BadInput(f"{path}: no file in it ends with {', '.join(ENDINGS)}")
-        return found
-    if path != "-" and not os.path.isfile(path):
-        raise BadInput(f"{path}: no such file")
-    return [path]
+    if not os.path.isdir(path):
+        if path != "-" and not os.path.isfile(path):
+            raise BadInput(f"{path}: no such file")
+        return [path]
+    found = []
+    for folder, _, names in os.walk(path):
+        found += [os.path.join(folder, name) for name in names if name.endswith(ENDINGS)]
+    if not found:
+        raise BadInput(f"{path}: no file in it ends with {', '.join(ENDINGS)}")
+    return sorted(found)
 
 
-def open_rows(path):
-    """A file open for reading at any place, a row a line: itself, or a temporary file with what it unpacks to."""
-    plain = gzip.open(path) if path.endswith(".gz") else sys.stdin.buffer if path == "-" else open(path, "rb")
-    array_of_rows = path.removesuffix(".gz").endswith(".json") and plain.read(1) == b"["  # not one row a line
-    if path.removesuffix(".gz").endswith(".json"):
-        plain.seek(0)
-    if plain.seekable() and not path.endswith(".gz") and not array_of_rows:
-        return plain
-    spool = tempfile.TemporaryFile()
-    with plain:
-        if array_of_rows:
-            spool.writelines(json.dumps(row).encode() + b"\n" for row in json.load(plain))
+def raw_rows(name: str) -> Iterator[tuple[bytes, bool]]:
+    """(row, whether it lies in the file as it is) of a file's rows, empty lines among them."""
+    packed = name.endswith(".gz")
+    if name == "-":
+        file = sys.stdin.buffer
+    elif packed:
+        file = gzip.open(name)
+    else:
+        file = open(name, "rb")
+    with file:
+        if name.endswith(".txt"):
+            yield file.read(), True
+        elif name.removesuffix(".gz").endswith(".json") and is_array(file):
+            for row in json.load(file):
+                yield json.dumps(row).encode(), False
         else:
-            shutil.copyfileobj(plain, spool)
-    spool.flush()
-    spool.seek(0)
-    return spool
+            for raw in file:
+                yield raw, not packed and name != "-"
+
+
+def is_array(file) -> bool:
+    """Whether a .json file is one array. long-llm-data has rows in lines under that name."""
+    return file.peek(8).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
+
+
+def parse(name: str, raw: bytes) -> object:
+    """What a row says, as JSON does. BadInput, without file and line, where it says nothing."""
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise BadInput(f"not UTF-8 (byte {e.start} is {raw[e.start]:#x})") from e
+    if name.endswith(".txt"):
+        return {"text": text}
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as e:
+        raise BadInput(f"not JSON ({e})") from e
 
 
 class Corpus:
-    """The examples of a file or folder by number; bad rows are named and left out, or refused with strict=True."""
+    """The examples of a file or folder by number. Bad rows are named and left out; strict=True
+    refuses them.
 
-    def __init__(self, path, cfg):
-        self.cfg, self.bad = cfg, 0
-        self.files, self.place, self.is_passage = [], array("q"), array("b")  # place: file, offset, bytes, part
-        for name in files_of(path):
+    document_of: the document's number of each example, from 0 in the order of first appearance.
+    """
+
+    def __init__(self, path: str, cfg: dict):
+        self.strict = cfg["strict"]
+        self.questions = cfg["questions"]
+        self.files = files_of(path)
+        self.spool = tempfile.TemporaryFile()  # one for all that is packed: descriptors are few
+        self.places = array("q")               # file, offset, bytes of each example
+        self.document_of = array("q")
+        self.is_passage = array("b")
+        self.bad = 0
+        numbers = {}
+        for file, name in enumerate(self.files):
             try:
-                self.files.append((name, open_rows(name)))
-                self.index(*self.files[-1])
-            except (OSError, EOFError, zlib.error, ValueError) as e:
-                if isinstance(e, BadInput):
-                    raise
+                self.index(file, name, numbers)
+            except BadInput:
+                raise
+            except (OSError, EOFError, zlib.error, ValueError, RecursionError) as e:
                 self.refuse(f"{name}: cannot be read ({e})")
+        self.spool.flush()
         if not len(self):
             raise BadInput(f"{path}: no examples in it")
         if self.bad:
-            print(f"{path}: {self.bad} rows left out, {len(self)} examples", file=sys.stderr, flush=True)
+            print(f"{path}: {self.bad} rows left out, {len(self)} examples", file=sys.stderr)
 
-    def refuse(self, message):
-        if self.cfg["strict"]:
+    def refuse(self, message: str) -> None:
+        if self.strict:
             raise BadInput(message)
         self.bad += 1
         print(f"left out: {message}", file=sys.stderr)
 
-    def index(self, name, file):
-        offset = 0
-        for number, raw in enumerate([file.read()] if name.endswith(".txt") else file, 1):
-            if raw.strip() or name.endswith(".txt"):
-                try:
-                    found = examples_of(self.parse(name, raw), self.cfg)
-                except ValueError as e:
-                    self.refuse(f"{name}, line {number}: {e}")
-                else:
-                    for part, example in enumerate(found):
-                        self.place.extend((len(self.files) - 1, offset, len(raw), part))
-                        self.is_passage.append("passage" in example)
-            offset += len(raw)
+    def index(self, file: int, name: str, numbers: dict[bytes, int]) -> None:
+        """Note where the examples of a file lie and which documents they are about."""
+        end = 0
+        for number, (raw, in_place) in enumerate(raw_rows(name), 1):
+            place = (file, end, len(raw))
+            end += len(raw)
+            if not raw.strip() and not name.endswith(".txt"):
+                continue
+            try:
+                example = example_of(parse(name, raw))
+            except BadInput as e:
+                self.refuse(f"{name}, line {number}: {e}")
+                continue
+            if not in_place:
+                place = (SPOOLED, self.spool.tell(), len(raw))
+                self.spool.write(raw)
+            document = number_of_document(example, numbers)
+            for _ in range(self.questions if "text" in example else 1):
+                self.places.extend(place)
+                self.document_of.append(document)
+                self.is_passage.append("passage" in example)
 
-    def parse(self, name, raw):
+    def __len__(self) -> int:
+        return len(self.document_of)
+
+    def __getitem__(self, i: int) -> dict:
+        file, offset, size = self.places[3 * int(i):3 * int(i) + 3]
+        if file == SPOOLED:
+            # No seek: processes share this file.
+            return self.example(i, "", os.pread(self.spool.fileno(), size, offset))
+        # Opened anew each time: a folder may have more files than a process may have open.
+        name = self.files[file]
         try:
-            text = raw.decode("utf-8-sig")
-        except UnicodeDecodeError as e:
-            raise BadInput(f"not UTF-8 (byte {e.start} is {raw[e.start]:#x})") from e
-        if name.endswith(".txt"):
-            return {"text": text}
-        try:
-            return json.loads(text)
-        except (ValueError, RecursionError) as e:
-            raise BadInput(f"not JSON ({e})") from e
+            with open(name, "rb") as f:
+                f.seek(offset)
+                return self.example(i, name, f.read(size))
+        except (OSError, BadInput) as e:
+            raise BadInput(f"{name}: has changed since it was read first ({e})") from e
 
-    def __len__(self):
-        return len(self.is_passage)
-
-    def __getitem__(self, i):
-        file, offset, size, part = self.place[4 * int(i):4 * int(i) + 4]
-        name, opened = self.files[file]
-        raw = os.pread(opened.fileno(), size, offset)  # no seek: processes may share the file
-        return examples_of(self.parse(name, raw), self.cfg)[part]
+    def example(self, i: int, name: str, raw: bytes) -> dict:
+        return {"document": self.document_of[int(i)], **example_of(parse(name, raw))}
 
 
-# ---------------------------------------------------------------------------------------------------- examples
+# ----------------------------------------------------------------------------------------- examples
 
-class Examples:
-    """A split of a corpus, a sequence: example i is read when it is asked for, and its distractors with it."""
+class Examples(Sequence):
+    """Some of a corpus: example i is read when it is asked for, and its distractors with it.
 
-    def __init__(self, corpus, order, size, seed):
-        self.corpus, self.order, self.size, self.seed = corpus, order, size, seed
-        if 0 < (passages := sum(corpus.is_passage[i] for i in order)) < size:
-            raise BadInput(f"context_size is {size} passages, the corpus has {passages}")
+    order: their numbers in the corpus. Distractors are passages of the other documents among them.
+    """
 
-    def __len__(self):
+    def __init__(self, corpus: Corpus, order: Sequence[int], size: int, seed: int):
+        self.corpus = corpus
+        self.order = order
+        self.size = size
+        self.seed = seed
+        self.passages = {}  # document -> one example about it, in this order
+        for i in order:
+            if corpus.is_passage[i]:
+                self.passages.setdefault(corpus.document_of[i], i)
+        if 0 < len(self.passages) < size:
+            raise BadInput(f"context_size is {size} passages, the corpus has {len(self.passages)}: "
+                           "lower context_size")
+
+    def __len__(self) -> int:
         return len(self.order)
 
-    def __getitem__(self, i):
+    def __getitem__(self, i: int) -> dict:
         example = self.corpus[self.order[i]]
-        return self.with_distractors(i, example) if "passage" in example else example
+        if "passage" in example:
+            passage = example.pop("passage")
+            example["context"] = self.among_distractors(i, example["document"], passage)
+        return example
 
-    def with_distractors(self, i, example):
-        """Example i's passage among size - 1 passages of other rows, in random order."""
+    def among_distractors(self, i: int, document: int, passage: str) -> list[str]:
+        """A passage among size - 1 of other documents, in random order."""
         rng = random_stream("distractors", self.seed, i)
-        order = [j for j in rng.permutation(len(self)) if j != i and self.corpus.is_passage[self.order[j]]][:self.size - 1]
-        passages = {j: self.corpus[self.order[j]]["passage"] for j in order} | {i: example.pop("passage")}
-        return {**example, "context": [passages[j] for j in rng.permutation([i, *order])]}
+        shuffled = rng.permutation(list(self.passages))
+        others = [other for other in shuffled if other != document][:self.size - 1]
+        context = []
+        for member in rng.permutation([document, *others]):
+            if member == document:
+                context.append(passage)
+            else:
+                context.append(self.corpus[self.passages[member]]["passage"])
+        return context
 
 
-opened = {}  # standard input can be read once only
+@lru_cache
+def open_corpus(path: str, questions: int, strict: bool) -> Corpus:
+    """The corpus of a path; the same one for a second caller, since standard input can be read once
+    only."""
+    return Corpus(path, {"questions": questions, "strict": strict})
 
 
-def read_examples(cfg, split, size=None):
-    """Examples for the pairs (split "train") or fresh ones to count recall on (split "fresh"); never both.
+def generated_examples(path: str, count: int, size: int, seed: int) -> list[dict]:
+    """What examples(count, size, seed) of a Python file yields, each with its document's number."""
+    generator = getattr(run_file(path), "examples", None)
+    if not callable(generator):
+        raise BadInput(f"{path}: expected a function examples(count, size, seed) in it")
+    numbers = {}
+    found = []
+    for example in generator(count, size, seed):
+        found.append({"document": number_of_document(example, numbers), **example})
+    return found
+
+
+def read_examples(cfg: dict, split: str, size: int | None = None) -> Sequence[dict]:
+    """Examples for the pairs (split "train"), or fresh ones to ask afterwards (split "fresh").
 
     size: passages around the question, or tokens of context where the corpus is a .py with
-    examples(count, size, seed). A corpus is shuffled once by the seed; "train" takes its head, "fresh" its end.
+    examples(count, size, seed); None: context_size. The documents of a corpus are shuffled once by
+    the seed: "train" takes its examples from the head, "fresh" from the end, and no document is in
+    both.
     """
-    path, size = cfg["examples"], size or cfg["context_size"]
-    train, count = cfg["n_examples"], cfg["fresh_questions"]
+    path = cfg["examples"]
+    size = size or cfg["context_size"]
+    count = cfg["fresh_questions"]
     if path.endswith(".py"):
-        if not train:
-            raise BadInput(f"n_examples is 0, expected how many to take from {path}: a generated corpus has no end")
-        seed = cfg["seed"] * 1_000_003 + (size + 1 if split == "fresh" else 0)
-        return list(run_file(path).examples(train if split == "train" else count, size, seed))
-    key = (path, cfg["questions"], cfg["strict"])
-    if key not in opened:
-        opened[key] = Corpus(path, cfg)
-    rows = opened[key]
-    order = random_stream("split of the corpus", cfg["seed"]).permutation(len(rows))
-    train = min(train or len(rows), len(rows))
-    if split == "fresh" and train + count > len(rows):
-        raise BadInput(f"{path}: {len(rows)} examples, expected {train} for pairs + {count} for fresh_questions")
-    return Examples(rows, order[:train] if split == "train" else order[len(rows) - count:], size, cfg["seed"])
+        if not cfg["n_examples"]:
+            raise BadInput(f"n_examples is 0, expected how many to take from {path}: a generated "
+                           "corpus has no end")
+        seed = cfg["seed"] * 1_000_003
+        if split == "fresh":
+            return generated_examples(path, count, size, seed + size + 1)
+        return generated_examples(path, cfg["n_examples"], size, seed)
+
+    corpus = open_corpus(path, cfg["questions"], cfg["strict"])
+    order = by_document(corpus, cfg["seed"])
+    train = order[:cfg["n_examples"] or len(order)]
+    if split == "train":
+        return Examples(corpus, train, size, cfg["seed"])
+    fresh = order[max(0, len(order) - count):]
+    documents = [{corpus.document_of[i] for i in part} for part in (train, fresh)]
+    if len(fresh) < count or documents[0] & documents[1]:
+        n_documents = len(set(corpus.document_of))
+        raise BadInput(f"{path}: {len(order)} examples of {n_documents} documents, expected "
+                       f"{len(train)} for pairs + {count} for fresh_questions, of different "
+                       "documents: lower n_examples or fresh_questions")
+    return Examples(corpus, fresh, size, cfg["seed"])
+
+
+def by_document(corpus: Corpus, seed: int) -> list[int]:
+    """All examples, those of a document beside each other, the documents shuffled."""
+    members = {}
+    for i, document in enumerate(corpus.document_of):
+        members.setdefault(document, []).append(i)
+    order = []
+    for document in random_stream("split of the corpus", seed).permutation(len(members)):
+        order += members[int(document)]
+    return order

@@ -1,62 +1,72 @@
-"""Who writes the answers: the policy in this process, or an OpenAI-compatible server."""
-import http.client
-import json
+"""Who writes the answers: the policy in this process (Local), or a server (Endpoint). Both take a
+block of requests.
+
+    source.begin_block(seed)
+    source.answers(requests)    a text each; None where it did not end; a Failure where none came
+"""
 import os
-import random
-import time
-import urllib.error
-import urllib.request
-from multiprocessing.pool import ThreadPool
+from collections.abc import Callable
 from typing import NamedTuple
+from urllib.parse import urlparse
 
 import torch
 
 from configs import BadInput
 from generate import generate
+from model import Llama
+from tokenizer import Tokenizer
 
 PADDING = 1024    # tokens by which prompts that are answered together may differ in length
 RETRIES = 5       # of a request that fails
 TIMEOUT = 300     # seconds to wait for an answer
-PAUSE = 0.5       # seconds before a failed request's first retry; twice that before the next, ...
 
 
 class Request(NamedTuple):
     """One answer to write: the text before the chunks, their tokens, the text after them."""
     head: str
-    tokens: list
+    tokens: list[int]
     tail: str
-    temperature: float
     seed: int
 
 
 class Failure(str):
-    """Why a request has no answer."""
+    """Why a request has no answer. The next build asks again, so it is no reason to drop an
+    example."""
 
 
-def local(cfg, policy, tokenizer):
-    """Answers by the policy in this process: block seed -> (requests -> texts; None for one that did not end)."""
-    def block(seed):
-        generator = torch.Generator(policy().lm_head.weight.device).manual_seed(seed)
-        return lambda requests: answer(requests, generator)
+# ---------------------------------------------------------------------------------- in this process
 
-    def answer(requests, generator):
-        around = [tokenizer.chat(request.head, request.tail) for request in requests]
-        prompts = [prefix + request.tokens + suffix for request, (prefix, suffix, _) in zip(requests, around)]
-        out = [None] * len(requests)
-        for temperature in sorted({request.temperature for request in requests}):
-            of = [i for i, request in enumerate(requests) if request.temperature == temperature]
-            for batch in by_length([len(prompts[i]) for i in of]):
-                batch, stops = [of[i] for i in batch], around[0][2]
-                answers = generate(policy(), [prompts[i] for i in batch], cfg["max_new_tokens"], temperature, cfg["top_p"],
-                                            stops, generator)
-                for i, ids in zip(batch, answers):
-                    out[i] = tokenizer.decode(ids[:-1]) if ids[-1] in stops else None
-        return out
+class Local:
+    """Answers by the policy in this process."""
 
-    return block
+    def __init__(self, cfg: dict, policy: Callable[[], Llama], tokenizer: Tokenizer):
+        self.cfg = cfg
+        self.policy = policy
+        self.tokenizer = tokenizer
+
+    def begin_block(self, seed: int) -> None:
+        # One stream of random numbers a block, so that a block's answers do not depend on where a
+        # build was cut.
+        device = self.policy().lm_head.weight.device
+        self.generator = torch.Generator(device).manual_seed(seed)
+
+    def answers(self, requests: list[Request]) -> list[str | None]:
+        prompts = []
+        stops = []
+        for request in requests:
+            prefix, suffix, stops = self.tokenizer.chat(request.head, request.tail)
+            prompts.append(prefix + request.tokens + suffix)
+        texts = [None] * len(prompts)
+        for batch in by_length([len(prompt) for prompt in prompts]):
+            found = generate(self.policy(), [prompts[i] for i in batch], self.cfg["max_new_tokens"],
+                             self.cfg["temperature"], self.cfg["top_p"], stops, self.generator)
+            for i, ids in zip(batch, found):
+                if ids[-1] in stops:
+                    texts[i] = self.tokenizer.decode(ids[:-1])
+        return texts
 
 
-def by_length(lengths):
+def by_length(lengths: list[int]) -> list[list[int]]:
     """Indices in batches of similar lengths: a KV cache is as wide as its longest row."""
     batches = []
     for i in sorted(range(len(lengths)), key=lengths.__getitem__):
@@ -66,61 +76,87 @@ def by_length(lengths):
     return [sorted(batch) for batch in batches]
 
 
-class Endpoint:
-    """Answers by an OpenAI-compatible server, as local() gives them; at most endpoint_requests at a time.
+# -------------------------------------------------------------------------------------- by a server
 
-    chat: the server's own chat template; completions: our token ids as they are. OPENAI_API_KEY is sent where it is set.
+class Endpoint:
+    """Answers by an OpenAI-compatible server, through the `openai` client, one request after
+    another.
+
+    endpoint_api=chat: the server's own chat template; completions: our token ids as they are.
+    OPENAI_API_KEY is sent where it is set. model: the name that the server was asked for.
     """
 
-    def __init__(self, cfg, tokenizer):
-        self.cfg, self.tokenizer, self.url = cfg, tokenizer, cfg["endpoint"].rstrip("/")
-        self.headers = {"Content-Type": "application/json"}
-        if key := os.environ.get("OPENAI_API_KEY"):
-            self.headers["Authorization"] = f"Bearer {key}"
-        self.model = cfg["endpoint_model"]
+    def __init__(self, cfg: dict, tokenizer: Tokenizer):
+        self.cfg = cfg
+        self.tokenizer = tokenizer
+        url = cfg["endpoint"]
+        if urlparse(url).scheme not in ("http", "https"):
+            raise BadInput(f"endpoint is {url!r}, expected http:// or https://, as "
+                           "http://127.0.0.1:8000/v1")
         try:
-            listed = self.reply("/models")["data"]
-            self.model = self.model or listed[0]["id"]
-        except urllib.error.HTTPError as e:
-            if not self.model:  # some servers list nothing, and answer all the same
-                raise BadInput(f"endpoint={self.url}: /models answers {e.code}: name a model with endpoint_model=") from e
-        except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as e:
-            raise BadInput(f"endpoint={self.url}: cannot be used ({e}), expected an OpenAI-compatible server, as "
-                           "http://127.0.0.1:8000/v1") from e
-        self.pool = ThreadPool(cfg["endpoint_requests"])
+            import openai
+        except ImportError as e:
+            raise BadInput("endpoint= needs: pip install openai") from e
+        self.error = openai.OpenAIError
+        # A redirect is an error: followed to another host, it would take the key along.
+        http = openai.DefaultHttpxClient(follow_redirects=False)
+        key = os.environ.get("OPENAI_API_KEY") or "none"
+        self.client = openai.OpenAI(base_url=url, api_key=key, timeout=TIMEOUT,
+                                    max_retries=RETRIES, http_client=http)
+        self.model = cfg["endpoint_model"] or self.first_model()
 
-    def __call__(self, seed):
-        return lambda requests: self.pool.map(self.answer, requests, chunksize=1)
+    def first_model(self) -> str:
+        """The first model that the server lists. It answers before any work is done for it."""
+        url = self.cfg["endpoint"]
+        try:
+            return self.client.models.list().data[0].id
+        except self.error as e:
+            raise BadInput(f"endpoint={url}: cannot be used ({one_line(e)}), expected an "
+                           "OpenAI-compatible server; one that lists no models needs "
+                           "endpoint_model=") from e
+        except (ValueError, LookupError, TypeError, AttributeError) as e:
+            raise BadInput(f"endpoint={url}: lists no model, expected an OpenAI-compatible server; "
+                           "one that lists no models needs endpoint_model=") from e
 
-    def reply(self, path, body=None):
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, data, self.headers)
-        with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
-            return json.loads(answer.read())
+    def begin_block(self, seed: int) -> None:
+        """Nothing to do: each request has a seed of its own."""
 
-    def answer(self, request):
-        """A text; None for one that did not end within max_new_tokens; a Failure after the last retry."""
-        body = {"model": self.model, "max_tokens": self.cfg["max_new_tokens"], "temperature": request.temperature,
-                "top_p": self.cfg["top_p"], "seed": request.seed}
-        if self.cfg["endpoint_api"] == "chat":
-            path, text = "/chat/completions", request.head + self.tokenizer.decode(request.tokens) + request.tail
-            body["messages"] = [{"role": "user", "content": text}]
-        else:
-            prefix, suffix, _ = self.tokenizer.chat(request.head, request.tail)
-            path, body["prompt"] = "/completions", prefix + request.tokens + suffix
-        for attempt in range(RETRIES + 1):
-            try:
-                choice = self.reply(path, body)["choices"][0]
-                text = choice["message"]["content"] if "message" in choice else choice["text"]
-                if not isinstance(text, str):
-                    raise ValueError(f"the answer is {text!r}, expected a text")
-                return None if choice.get("finish_reason") == "length" else text
-            except urllib.error.HTTPError as e:
-                fault = f"HTTP {e.code} {e.reason}: {e.read(200).decode('utf-8', 'replace').strip()}"
-                if e.code not in (408, 409, 425, 429) and e.code < 500:
-                    break  # asking again would not change it
-            except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as e:
-                fault = f"{type(e).__name__}: {e}"
-            if attempt < RETRIES:
-                time.sleep(min(30, PAUSE * 2 ** attempt) * random.uniform(0.5, 1))  # not all at the same moment
-        return Failure(" ".join(fault.split()))
+    def answers(self, requests: list[Request]) -> list[str | Failure | None]:
+        return [self.answer(request) for request in requests]
+
+    def answer(self, request: Request) -> str | Failure | None:
+        """A text; None for one that did not end within max_new_tokens; a Failure after the client's
+        last retry."""
+        cfg = self.cfg
+        sampling = {"model": self.model, "max_tokens": cfg["max_new_tokens"], "seed": request.seed,
+                    "temperature": cfg["temperature"], "top_p": cfg["top_p"]}
+        try:
+            if cfg["endpoint_api"] == "chat":
+                content = request.head + self.tokenizer.decode(request.tokens) + request.tail
+                turn = {"role": "user", "content": content}
+                reply = self.client.chat.completions.create(messages=[turn], **sampling)
+                text = reply.choices[0].message.content
+            else:
+                prefix, suffix, _ = self.tokenizer.chat(request.head, request.tail)
+                prompt = prefix + request.tokens + suffix
+                reply = self.client.completions.create(prompt=prompt, **sampling)
+                text = reply.choices[0].text
+            cut = reply.choices[0].finish_reason == "length"
+        except self.error as e:
+            return Failure(one_line(e))
+        except (ValueError, LookupError, TypeError, AttributeError) as e:
+            # The client does not check what it was sent: an answer that is none shows up as a
+            # missing attribute.
+            return Failure(f"the server's answer is no completion ({one_line(e)})")
+        if cut:
+            return None
+        if not isinstance(text, str):
+            return Failure(f"the answer is {text!r}, expected a text")
+        # JSON can spell half a character, which no file can hold.
+        return text.encode("utf-8", "replace").decode()
+
+
+def one_line(error: Exception) -> str:
+    """An error with its cause ("Connection error." alone says little)."""
+    cause = f": {error.__cause__}" if error.__cause__ else ""
+    return " ".join(f"{type(error).__name__}: {error}{cause}".split())[:300]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pairs import corpus
+from pairs import convert, corpus
 from configs import BadInput, load_config
 
 ROOT = Path(__file__).parent.parent
@@ -41,31 +41,65 @@ def assistant(text):
     return {"role": "assistant", "content": text}
 
 
-@pytest.mark.parametrize("row, expected", [
-    ({"context": "C.", "question": "Q?", "answer": "A"}, [("C.", "Q?", ["A"])]),
-    ({"context": ["C1", "C2"], "question": "Q?", "answers": ["A", "B"]}, [(["C1", "C2"], "Q?", ["A", "B"])]),
-    ({"context": "C.", "question": "Q?"}, [("C.", "Q?", [])]),
-    ({"conversations": [user("Story:\n\nPart one.\n\nPart two.\n\nWho?"), assistant("He."), user("Where?"), assistant("Here.")]},
-     [("Story:\n\nPart one.\n\nPart two.", "Who?", ["He."]), ("Story:\n\nPart one.\n\nPart two.", "Where?", ["Here."])]),
-    ({"conversations": [user("Context information is below:\n----------\nA.\n\nB.\n----------\nDo this:\n\nWho?"), assistant("He.")]},
-     [("Context information is below:\n----------\nA.\n\nB.", "Do this:\n\nWho?", ["He."])]),
-    ({"conversations": [{"from": "human", "value": PAPER + "A.\n\nB.\n Now the paper ends. \nWho?"}, {"from": "gpt", "value": "He."}]},
-     [("A.\n\nB.", "Who?", ["He."])]),
-    ({"messages": [{"role": "system", "content": "Be kind."}, user("Doc.\n\nWho?")]}, [("Doc.", "Who?", [])]),
-    ({"instruction": BOOK + "It was.\n\nIt is.\n Now the material ends. Sum it up.", "output": "Was, is.", "input": ""},
-     [("It was.\n\nIt is.", "Sum it up.", ["Was, is."])]),
-])
-def test_every_form_gives_its_examples(row, expected):
-    found = corpus.examples_of(row, config())
-    assert [(e["context"], e["question"], e["answers"]) for e in found] == expected
+@pytest.mark.parametrize("row, context, question, answers", [
+    ({"context": "C.", "question": "Q?", "answer": "A"}, "C.", "Q?", ["A"]),
+    ({"context": ["C1", "C2"], "question": "Q?", "answers": ["A", "B"]}, ["C1", "C2"], "Q?", ["A", "B"]),
+    ({"context": "C.", "question": "Q?"}, "C.", "Q?", [])])
+def test_every_form_gives_its_example(row, context, question, answers):
+    assert corpus.example_of(row) == {"context": context, "question": question, "answers": answers}
 
 
 def test_passages_documents_and_ready_pairs():
-    found, = corpus.examples_of({"question": "Q?", "answers": ["A"], "title": "T", "text": "P."}, config())
+    found = corpus.example_of({"question": "Q?", "answers": ["A"], "title": "T", "text": "P."})
     assert found == {"question": "Q?", "answers": ["A"], "passage": "T\nP."}
-    assert corpus.examples_of({"text": "D."}, config("questions=3")) == [{"document": "D."}] * 3
-    found, = corpus.examples_of({"prompt": "P", "chosen": "C", "rejected": ["R1", "R2"]}, config())
+    assert corpus.example_of({"text": "D."}) == {"text": "D."}
+    found = corpus.example_of({"prompt": "P", "chosen": "C", "rejected": ["R1", "R2"]})
     assert found == {"prompt": "P", "system": None, "chosen": "C", "rejected": ["R1", "R2"]}
+
+
+def test_a_rejected_text_is_one_answer():
+    """A text is a sequence of characters as well, but "No." is not the three answers N, o and full stop."""
+    found = corpus.example_of({"prompt": "P", "chosen": "Yes.", "rejected": "No."})
+    assert found["rejected"] == ["No."]
+
+
+@pytest.mark.parametrize("row, message", [
+    ([1], "expected a JSON object"), ({}, "'question' is None"), ({"question": "Q?"}, "'context' is None"),
+    ({"context": " ", "question": "Q?"}, "'context' is ' '"), ({"context": "C", "question": 3}, "'question' is 3"),
+    ({"context": ["C", 3], "question": "Q?"}, "'context' is 3"), ({"context": [], "question": "Q?"}, "'context' is []"),
+    ({"context": "C", "question": "Q?", "answers": "A"}, "'answers' is 'A'"),
+    ({"context": "C", "question": "Q?", "answers": [""]}, "'answers' is"), ({"text": ""}, "'text' is ''"),
+    ({"context": "half a character \ud800", "question": "Q?"}, "'context' is"),
+    ({"prompt": "P", "chosen": "C", "rejected": " C\n"}, "expected different texts"),
+    ({"prompt": "P", "chosen": "C"}, "'rejected' is None"), ({"prompt": "P", "chosen": "C", "rejected": []}, "'rejected' is []"),
+    ({"prompt": "P", "chosen": "C", "rejected": ["R", 3]}, "'rejected' is 3"), ({"prompt": "P", "chosen": "C", "rejected": {"a": 1}}, "'rejected' is"),
+    ({"prompt": "P", "chosen": "C", "rejected": " "}, "not empty"), ({"prompt": "", "chosen": "C", "rejected": "R"}, "'prompt' is ''"),
+    ({"prompt": "P", "system": 3, "chosen": "C", "rejected": "R"}, "'system' is 3"),
+    ({"chosen": [user("a"), assistant("b")], "rejected": [user("a"), assistant("c")]}, "convert trl"),
+    ({"conversations": [user("a")]}, "convert long-llm-data"), ({"instruction": "I"}, "convert longalpaca")])
+def test_what_is_wrong_with_a_row_is_said_in_one_line(row, message):
+    with pytest.raises(BadInput) as error:
+        corpus.example_of(row)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+# ---------------------------------------------------------------------------------------------------- convert
+
+@pytest.mark.parametrize("form, row, expected", [
+    ("long-llm-data", {"conversations": [user("Story:\n\nPart one.\n\nPart two.\n\nWho?"), assistant("He."), user("Where?"), assistant("Here.")]},
+     [("Story:\n\nPart one.\n\nPart two.", "Who?", ["He."]), ("Story:\n\nPart one.\n\nPart two.", "Where?", ["Here."])]),
+    ("long-llm-data", {"conversations": [user("Context information is below:\n----------\nA.\n\nB.\n----------\nDo this:\n\nWho?"), assistant("He.")]},
+     [("Context information is below:\n----------\nA.\n\nB.", "Do this:\n\nWho?", ["He."])]),
+    ("long-llm-data", {"conversations": [{"from": "human", "value": PAPER + "A.\n\nB.\n Now the paper ends. \nWho?"}, {"from": "gpt", "value": "He."}]},
+     [("A.\n\nB.", "Who?", ["He."])]),
+    ("long-llm-data", {"messages": [{"role": "system", "content": "Be kind."}, user("Doc.\n\nWho?")]}, [("Doc.", "Who?", [])]),
+    ("longalpaca", {"instruction": BOOK + "It was.\n\nIt is.\n Now the material ends. Sum it up.", "output": "Was, is.", "input": ""},
+     [("It was.\n\nIt is.", "Sum it up.", ["Was, is."])])])
+def test_conversations_become_rows(tmp_path, form, row, expected):
+    convert.convert([form, str(lines(tmp_path / "in.jsonl", [row])), str(tmp_path / "out.jsonl")])
+    found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [(e["context"], e["question"], e["answers"]) for e in found] == expected
+    assert all(corpus.example_of(e) == e for e in found)
 
 
 @pytest.mark.parametrize("explicit", [True, False])
@@ -74,27 +108,26 @@ def test_conversational_preferences_mean_what_they_mean_to_trl(explicit):
     prompt, answers = [{"role": "system", "content": "Be kind."}, user("Who?")], (assistant("He."), assistant("She."))
     row = {"chosen": [*prompt, answers[0]], "rejected": [*prompt, answers[1]]}
     theirs = maybe_extract_prompt(row)
-    found, = corpus.examples_of(theirs if explicit else row, config())
-    assert found == {"prompt": theirs["prompt"][-1]["content"], "system": theirs["prompt"][0]["content"],
-                     "chosen": theirs["chosen"][0]["content"], "rejected": [theirs["rejected"][0]["content"]]}
+    found, = convert.trl(theirs if explicit else row)
+    assert corpus.example_of(found) == {"prompt": theirs["prompt"][-1]["content"], "system": theirs["prompt"][0]["content"],
+                                        "chosen": theirs["chosen"][0]["content"], "rejected": [theirs["rejected"][0]["content"]]}
 
 
-@pytest.mark.parametrize("row, message", [
-    ([1], "expected a JSON object"), ({}, "'question' is None"), ({"question": "Q?"}, "'context' is None"),
-    ({"context": " ", "question": "Q?"}, "'context' is ' '"), ({"context": "C", "question": 3}, "'question' is 3"),
-    ({"context": ["C", 3], "question": "Q?"}, "'context' is 3"), ({"context": "C", "question": "Q?", "answers": "A"}, "'answers' is 'A'"),
-    ({"context": "C", "question": "Q?", "answers": [""]}, "'answers' is"), ({"text": ""}, "'text' is ''"),
-    ({"conversations": [assistant("A")]}, "roles are"), ({"conversations": [user("no question here")]}, "ends with no question"),
-    ({"conversations": [{"role": "user"}]}, "a message is"), ({"conversations": ["x"]}, "a message is"),
-    ({"prompt": "P", "chosen": "C", "rejected": "C"}, "not the same"), ({"prompt": "P", "chosen": "C"}, "'rejected' is None"),
-    ({"prompt": "P", "chosen": "C", "rejected": " "}, "not empty"), ({"prompt": "", "chosen": "C", "rejected": "R"}, "'prompt' is ''"),
-    ({"prompt": [user("a"), assistant("b"), user("c")], "chosen": "C", "rejected": "R"}, "expected one user turn"),
-    ({"chosen": [user("a"), assistant("b")], "rejected": [user("z"), assistant("c")]}, "after the same prompt"),
-    ({"chosen": [], "rejected": []}, "'chosen' is []"), ({"instruction": 3}, "'instruction' is 3")])
-def test_what_is_wrong_with_a_row_is_said_in_one_line(row, message):
-    with pytest.raises(BadInput) as error:
-        corpus.examples_of(row, config())
-    assert message in str(error.value) and "\n" not in str(error.value)
+@pytest.mark.parametrize("form, row, message", [
+    ("long-llm-data", {"conversations": [assistant("A")]}, "roles are"), ("long-llm-data", {}, "a message is None"),
+    ("long-llm-data", {"conversations": [user("no question here")]}, "ends with no question"),
+    ("long-llm-data", {"conversations": [{"role": "user"}]}, "a message is"), ("long-llm-data", {"conversations": ["x"]}, "a message is"),
+    ("long-llm-data", [1], "expected a JSON object"), ("longalpaca", {"instruction": 3}, "'instruction' is 3"),
+    ("trl", {"prompt": [user("a"), assistant("b"), user("c")], "chosen": "C", "rejected": "R"}, "expected one user turn"),
+    ("trl", {"chosen": [user("a"), assistant("b")], "rejected": [user("z"), assistant("c")]}, "after the same prompt"),
+    ("trl", {"chosen": [], "rejected": []}, "one assistant message"), ("trl", {"prompt": "P", "chosen": "C"}, "a message is None")])
+def test_rows_that_cannot_be_converted_are_named_and_left_out(tmp_path, capsys, form, row, message):
+    convert.convert([form, str(lines(tmp_path / "in.jsonl", [row])), str(tmp_path / "out.jsonl")])
+    said = capsys.readouterr()
+    assert said.err.startswith(f"left out: {tmp_path}/in.jsonl, line 1: ") and message in said.err and said.err.count("\n") == 1
+    assert "0 rows" in said.out and (tmp_path / "out.jsonl").read_text() == ""
+    with pytest.raises(BadInput, match="out.jsonl: is already there"):
+        convert.convert([form, str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl")])
 
 
 # -------------------------------------------------------------------------------------------------------- files
@@ -120,12 +153,6 @@ def test_every_kind_of_file_gives_the_same_examples(tmp_path):
     assert sorted(e["question"] for e in read(folder.parent)) == sorted(e["question"] for e in want)
 
 
-def test_each_question_of_a_conversation_is_an_example(tmp_path):
-    turns = [user("Doc.\n\nWho?"), assistant("He."), user("Where?"), assistant("Here."), user("When?"), assistant("Now.")]
-    found = read(lines(tmp_path / "c.jsonl", [{"conversations": turns}] * 2))
-    assert sorted((e["question"], e["answers"][0]) for e in found) == [("When?", "Now.")] * 2 + [("Where?", "Here.")] * 2 + [("Who?", "He.")] * 2
-
-
 def test_standard_input_is_a_corpus(tmp_path):
     code = "import sys; sys.path.insert(0, '.'); from tests.test_corpus import read; print([e['question'] for e in read('-')])"
     text = "".join(json.dumps(row) + "\n" for row in ROWS)
@@ -136,7 +163,7 @@ def test_standard_input_is_a_corpus(tmp_path):
 def test_text_files_are_documents(tmp_path):
     (tmp_path / "one.txt").write_text("Once.\n\nUpon a time.")
     (tmp_path / "two.txt").write_text("Twice.")
-    assert sorted(e["document"] for e in read(tmp_path, "questions=2")) == ["Once.\n\nUpon a time."] * 2 + ["Twice."] * 2
+    assert sorted(e["text"] for e in read(tmp_path, "questions=2")) == ["Once.\n\nUpon a time."] * 2 + ["Twice."] * 2
 
 
 BAD = [b'{"context": "C"', b"[1, 2]", b'{"context": 3, "question": "Q?"}', b'{"context": "", "question": "Q?"}',
@@ -153,12 +180,12 @@ def test_bad_rows_are_named_and_the_rest_is_read(tmp_path, capsys):
     assert [line.partition(": ")[2].partition(": ")[0] for line in said[:-1]] == [f"{path}, line {2 * i + 1}" for i in range(len(BAD))]
     assert max(map(len, said)) < 400 and said[-1] == f"{path}: {len(BAD)} rows left out, {len(ROWS)} examples"
     for text, message in zip(BAD, ("not JSON", "a JSON object", "'context' is 3", "'context' is ''", "not UTF-8",
-                                   "'question' is None", "a JSON object", "not JSON", "'question' is None")):
+                                   "convert long-llm-data", "a JSON object", "not JSON", "'question' is None")):
         alone = tmp_path / "alone.jsonl"
         alone.write_bytes(text)
         with pytest.raises(BadInput, match="alone.jsonl, line 1: .*" + message):
             read(alone, "strict=True")
-        corpus.opened.clear()
+        corpus.open_corpus.cache_clear()
 
 
 @pytest.mark.parametrize("name, content, message", [
@@ -171,7 +198,7 @@ def test_files_that_cannot_be_read_are_named(tmp_path, name, content, message):
     with pytest.raises(BadInput, match=message) as error:
         read(tmp_path / name, "strict=True")
     assert str(tmp_path / name) in str(error.value)
-    corpus.opened.clear()
+    corpus.open_corpus.cache_clear()
 
 
 def test_an_empty_folder_and_too_few_passages_are_refused(tmp_path):
@@ -191,13 +218,13 @@ def test_fresh_questions_are_never_training_questions(tmp_path):
     for e in train + fresh:
         assert len(e["context"]) == len(set(e["context"])) == 4
         assert sum(e["answers"][0] in passage.split() for passage in e["context"]) == 1
-    with pytest.raises(BadInput, match="30 examples, expected 20 for pairs"):
+    with pytest.raises(BadInput, match="30 examples of 30 documents, expected 20 for pairs"):
         read(path, "n_examples=20", "fresh_questions=11", "context_size=4", split="fresh")
 
 
 def test_rows_of_different_forms_may_be_mixed(tmp_path):
     rows = [{"question": f"q{i}", "answers": [], "text": f"p{i}"} for i in range(6)] + ROWS[:3] + [{"text": "A document."}]
     found = read(lines(tmp_path / "mixed.jsonl", rows), "context_size=3")
-    kinds = [next(key for key in ("document", "context") if key in e) for e in found]
-    assert kinds.count("document") == 1 and len(found) == 10
+    kinds = [next(key for key in ("text", "context") if key in e) for e in found]
+    assert kinds.count("text") == 1 and len(found) == 10
     assert all(set(e["context"]) <= {f"\np{i}".strip() for i in range(6)} for e in found if isinstance(e.get("context"), list))

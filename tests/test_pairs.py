@@ -18,7 +18,6 @@ import pytest
 from checkpoint import load_pretrained
 from configs import BadInput, load_config, run_file
 from data import encode_group, load_pairs, words_evaluator
-from pairs import policy
 from pairs.answers import audit, fault_of_chosen, gives, is_right, keep_rejected, normalize
 from pairs.build import build_pairs, draft, question_in
 from pairs.policy import by_length
@@ -185,7 +184,7 @@ def test_evidence_in_a_rejected_prompt_is_seen():
     """Two passages tell the answer; only one is critical, so the other may reach the rejected prompts."""
     texts = [" Rosa paints in Naples.", " Snow falls in Turin.", " Ida sings in Rome.", " The old bridge leans."] + [" Fog drifts in Paris."] * 3
     cfg, tok = config("max_critical=1", "delta=9", "candidates=8"), load_tokenizer(TINY)
-    new = draft(cfg, tok, words_evaluator, 0, {"context": texts + [" Snow falls in Naples."], "question": "Who is Rosa?", "answers": ["Naples"]})
+    new = draft(cfg, tok, words_evaluator, 0, {"document": 0, "context": texts + [" Snow falls in Naples."], "question": "Who is Rosa?", "answers": ["Naples"]})
     assert new.selection.chosen == [0]
     assert new.saw[0]
     for picked, saw in zip(new.selection.rejected, new.saw[1:]):
@@ -257,7 +256,8 @@ def reader(body):
 
 @pytest.fixture
 def server(monkeypatch):
-    monkeypatch.setattr(policy, "PAUSE", 0.01)
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
+    monkeypatch.setattr("pairs.policy.RETRIES", 20)
     served = ThreadingHTTPServer(("127.0.0.1", 0), Server)
     served.requests, served.lock, served.working, served.most, served.delay = [], threading.Lock(), 0, 0, 0.0
     served.fault, served.choice = lambda number, body: None, reader
@@ -296,13 +296,26 @@ def test_completions_get_our_token_ids(tmp_path, server, tokenizer):
 
 
 def test_faults_cost_no_pair(tmp_path, server):
-    """Slow answers, 500s, dropped connections, garbage: the same file as from a server without them."""
+    """Slow answers, 500s, 429s, dropped connections: the same file as from a server without them."""
     _, undisturbed = remote(tmp_path / "good.jsonl", server)
-    kinds = [None, (500, "oops"), None, "drop", None, (200, "<html>"), None, (200, '{"choices": []}'), None, (429, ""), None, (200, "")]
+    kinds = [None, (500, "oops"), None, "drop", None, (429, ""), None, (503, "")]
     server.requests.clear()
-    server.fault = lambda number, body: kinds[number % 12]
+    server.fault = lambda number, body: kinds[number % 8]
     failed, found = remote(tmp_path / "bad.jsonl", server)
     assert failed == 0 and found == undisturbed
+
+
+@pytest.mark.parametrize("garbage", ["<html>", '{"choices": []}', "", "null", '{"choices": [{"finish_reason": "stop"}]}',
+                                     '{"choices": [{"message": {"content": null}, "finish_reason": "stop"}]}'])
+def test_an_answer_that_is_none_is_asked_for_again_by_the_next_build(tmp_path, server, garbage):
+    _, undisturbed = remote(tmp_path / "good.jsonl", server)
+    server.requests.clear()
+    server.fault = lambda number, body: (200, garbage) if number % 9 == 5 else None
+    failed, found = remote(tmp_path / "bad.jsonl", server)
+    assert failed > 0 and failed + len(found) == 24
+    server.fault = lambda number, body: None
+    failed, found = remote(tmp_path / "bad.jsonl", server)
+    assert failed == 0 and sorted(found, key=lambda row: row["id"]) == undisturbed
 
 
 def test_a_written_question_about_nothing_is_dropped(tmp_path, server):
@@ -317,7 +330,7 @@ def test_what_keeps_failing_is_asked_for_again_by_the_next_build(tmp_path, serve
     _, undisturbed = remote(tmp_path / "good.jsonl", server, examples=40)
     server.fault = asks
     failed, found = remote(tmp_path / "p.jsonl", server, examples=40)
-    assert 0 < failed == 40 - len(found) and "requests failed (as HTTP 400" in capsys.readouterr().out
+    assert 0 < failed == 40 - len(found) and "requests failed (as BadRequestError" in capsys.readouterr().out
     before = len(server.requests)
     server.fault = lambda number, body: None
     failed, found = remote(tmp_path / "p.jsonl", server, examples=40)
@@ -327,7 +340,7 @@ def test_what_keeps_failing_is_asked_for_again_by_the_next_build(tmp_path, serve
 
 def test_a_server_that_is_gone_ends_the_build_with_one_line(tmp_path, server):
     server.fault = lambda number, body: (401, "no key")
-    with pytest.raises(BadInput, match="20 examples in a row failed, the last with HTTP 401 .*the same command goes on"):
+    with pytest.raises(BadInput, match="20 examples in a row failed, the last with AuthenticationError.*the same command goes on"):
         remote(tmp_path / "p.jsonl", server, examples=40)
     server.server_close()
     server.url = "http://127.0.0.1:9/v1"
@@ -364,14 +377,14 @@ PEOPLE = [("Ada Brandt", "Bergen"), ("Olga Marin", "Seville"), ("Hugo Lindt", "D
 
 
 class Proxy(Server):
-    """In front of a real server: every other request is slow, fails, is dropped or answered with garbage."""
+    """In front of a real server: every other request is slow, fails or is dropped."""
 
     def do_POST(self):
         body = self.rfile.read(int(self.headers["Content-Length"]))
         with self.server.lock:
             self.server.requests.append(body)
             number = len(self.server.requests)
-        fault = [None, "slow", None, (500, "oops"), None, "drop", None, (200, "<html>")][number % 8]
+        fault = [None, "slow", None, (500, "oops"), None, "drop"][number % 6]
         if fault == "slow":
             time.sleep(0.5)
         elif fault == "drop":
@@ -407,7 +420,8 @@ def real(smollm2_folder):
 
 def test_a_real_server_with_faults_in_between(tmp_path, real, smollm2_folder, monkeypatch):
     """The same pairs, whether SmolLM2's answers come straight from the server or through faults."""
-    monkeypatch.setattr(policy, "PAUSE", 0.01)
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
+    monkeypatch.setattr("pairs.policy.RETRIES", 20)
     source = lines(tmp_path / "people.jsonl", [
         {"question": f"in which city does {name} live", "answers": [city], "title": name,
          "text": f"{name} is a painter, born in 19{i}4, who has lived in {city} for many years."} for i, (name, city) in enumerate(PEOPLE)])
