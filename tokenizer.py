@@ -1,227 +1,489 @@
 """The tokenizer: text <-> token ids, and a chat turn around a document.
 
     tokenizer.model, lines "IQ== 0"       Llama 3               tiktoken
-    tokenizer.json, byte-level BPE        SmolLM2, Llama 3, ..  tiktoken, from vocab + merges + split pattern
+    tokenizer.json, byte-level BPE        SmolLM2, Llama 3, ..  tiktoken
     tokenizer.model, protobuf             Llama 2, Mistral      sentencepiece (optional package)
 
-Text never becomes a control token: a document that says "<|im_end|>" is a document about chat formats.
-Control tokens come from the templates below, and BOS only from there: once.
+Text never becomes a control token: a document that says "<|im_end|>" is a document about chat
+formats. Control tokens come from the templates below, and BOS only from there: once.
 """
 import base64
 import hashlib
-import itertools
 import re
-from collections import namedtuple
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
-import regex                                          # comes with tiktoken; re lacks \p{L}
+import regex  # comes with tiktoken; re lacks \p{L}
 import tiktoken
 
-from configs import BadInput, read_json
+from configs import BadInput, read_json, reading
 
-GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-LLAMA3_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-                r"|\s*[\r\n]+|\s+(?!\S)|\s+")
-LLAMA3_SPECIAL = ("begin_of_text end_of_text reserved_special_token_0 reserved_special_token_1 finetune_right_pad_id "
-                  "reserved_special_token_2 start_header_id end_header_id eom_id eot_id python_tag").split()
+GPT2_SPLIT = (r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+"
+              r"|\s+(?!\S)|\s+")
+LLAMA3_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+                r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+LLAMA3_SPECIAL = ("begin_of_text", "end_of_text", "reserved_special_token_0",
+                  "reserved_special_token_1", "finetune_right_pad_id", "reserved_special_token_2",
+                  "start_header_id", "end_header_id", "eom_id", "eot_id", "python_tag")
+LLAMA3_WORDS = 128000
 
-# A turn: begin + [system] + user | document | tail. <|name|>, <bos>, <eos> become ids, everything else is encoded text.
-# marker: what chooses the template, among special tokens and in the folder's own chat template; the first match wins.
-Template = namedtuple("Template", "marker begin system user tail stops default_system", defaults=[None])
-CHATML = Template("<|im_start|>", "", "<|im_start|>system\n{text}<|im_end|>\n", "<|im_start|>user\n{text}",
-                  "{text}<|im_end|>\n<|im_start|>assistant\n", "<|im_end|><|endoftext|><eos>")
+
+# ------------------------------------------------------------------------------- chat templates
+
+class Template(NamedTuple):
+    """One user turn: begin + [system] + user | document | tail. The answer ends with stops[0].
+
+    <|name|>, <bos> and <eos> become ids, everything else is encoded text. Why not the template in
+    the folder? It is a program (Jinja) that makes one text: the document would be encoded with what
+    stands around it, and its chunks would not begin and end where we cut them.
+    """
+    marker: str  # tells the template, by special tokens or the folder's own; the first match wins
+    begin: str
+    system: str
+    user: str
+    tail: str
+    stops: str
+    default_system: str | None = None
+
+
 SMOLLM2 = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+CHATML = Template(
+    marker="<|im_start|>",
+    begin="",
+    system="<|im_start|>system\n{text}<|im_end|>\n",
+    user="<|im_start|>user\n{text}",
+    tail="{text}<|im_end|>\n<|im_start|>assistant\n",
+    stops="<|im_end|><|endoftext|><eos>")
 TEMPLATES = {
-    "llama3": Template("<|start_header_id|>", "<bos>",
-                       "<|start_header_id|>system<|end_header_id|>\n\n{text}<|eot_id|>",
-                       "<|start_header_id|>user<|end_header_id|>\n\n{text}",
-                       "{text}<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
-                       "<|eot_id|><|eom_id|><|end_of_text|>"),
+    "llama3": Template(
+        marker="<|start_header_id|>",
+        begin="<bos>",
+        system="<|start_header_id|>system<|end_header_id|>\n\n{text}<|eot_id|>",
+        user="<|start_header_id|>user<|end_header_id|>\n\n{text}",
+        tail="{text}<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+        stops="<|eot_id|><|eom_id|><|end_of_text|>"),
     "smollm2": CHATML._replace(marker=SMOLLM2, default_system=SMOLLM2),
     "chatml": CHATML,
-    "llama2": Template("<<SYS>>", "<bos>[INST] ", "<<SYS>>\n{text}\n<</SYS>>\n\n", "{text}", "{text} [/INST]", "<eos>"),
-    "mistral": Template("[INST]", "<bos>[INST] ", "{text}\n\n", "{text}", "{text} [/INST]", "<eos>"),
-    "plain": Template("", "<bos>", "{text}\n\n", "{text}", "{text}", "<eos>")}
+    "llama2": Template(
+        marker="<<SYS>>",
+        begin="<bos>[INST] ",
+        system="<<SYS>>\n{text}\n<</SYS>>\n\n",
+        user="{text}",
+        tail="{text} [/INST]",
+        stops="<eos>"),
+    "mistral": Template(
+        marker="[INST]",
+        begin="<bos>[INST] ",
+        system="{text}\n\n",
+        user="{text}",
+        tail="{text} [/INST]",
+        stops="<eos>"),
+    "plain": Template(
+        marker="",
+        begin="<bos>",
+        system="{text}\n\n",
+        user="{text}",
+        tail="{text}",
+        stops="<eos>"),
+}
 CONTROL = re.compile(r"(<\|\w+\|>|<bos>|<eos>)")
 
 
-def byte_alphabet():
-    """The printable character for each byte in tokenizer.json, GPT-2's invention: {"A": 65, "Ġ": 32, ...}."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [b for b in range(256) if b not in printable]
-    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+# ------------------------------------------------------------------------- three kinds of file
+
+class Vocabulary(NamedTuple):
+    """What a tokenizer file says."""
+    encode: Callable[[str], list[int]]
+    decode: Callable[[list[int]], str]
+    special: dict[str, int]  # control tokens, which encode never gives
+    size: int  # highest id + 1
+    ends: dict[str, Any]  # bos and eos as far as the file knows them, under Hugging Face's keys
 
 
-def split_patterns(pre, path):
-    """pre_tokenizer -> regular expressions, each to split the pieces that the one before left."""
-    *parts, last = pre["pretokenizers"] if pre and pre["type"] == "Sequence" else [pre]
-    if not last or last["type"] != "ByteLevel" or last.get("add_prefix_space", True):
-        raise BadInput(f"{path}: expected a last pre_tokenizer ByteLevel without add_prefix_space, found {last}")
-    patterns = [GPT2_SPLIT] if last.get("use_regex", True) else []
-    for part in reversed(parts):
-        if part["type"] == "Digits":
-            patterns.insert(0, r"\p{N}" if part.get("individual_digits") else r"\p{N}+")
-        elif part["type"] == "Split" and part["behavior"] == "Isolated":
-            patterns.insert(0, part["pattern"].get("Regex") or regex.escape(part["pattern"]["String"]))
-        else:
-            raise BadInput(f"{path}: expected pre_tokenizers Digits, isolated Split, ByteLevel, found {part}")
-    # What lies between two matches is a piece as well; tiktoken alone would drop it.
-    return [rf"(?:{p})|(?:(?!{p})[\s\S])+" for p in patterns] or [r"[\s\S]+"]
+def byte_alphabet() -> dict[str, int]:
+    """{"A": 65, "Ġ": 32, ...}: the character for each byte in tokenizer.json, GPT-2's invention.
 
-
-def read_byte_level(path):
-    """tokenizer.json of Hugging Face. tiktoken merges by id, so: rank by merge order, then map ranks to ids.
-
-    tiktoken merges any two neighbours that make a word, Hugging Face only the listed pairs: the same for merges that
-    training made, not for every list written by hand.
+    Bytes that print stand for themselves. The others, a space among them, take what follows 255.
     """
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    alphabet = {}
+    unused = 256
+    for byte in range(256):
+        if byte in printable:
+            alphabet[chr(byte)] = byte
+        else:
+            alphabet[chr(unused)] = byte
+            unused += 1
+    return alphabet
+
+
+BYTES = byte_alphabet()
+
+
+def read_byte_level(path: Path) -> Vocabulary:
+    """tokenizer.json of Hugging Face, byte-level BPE. BadInput for any other kind."""
     spec = read_json(path)
     model = spec.get("model") or {}
-    unusual = ("byte_fallback", "continuing_subword_prefix", "end_of_word_suffix")
-    odd = {key: model[key] for key in unusual if model.get(key)}
-    if model.get("type") != "BPE" or odd or spec.get("normalizer"):
-        raise BadInput(f"{path}: expected byte-level BPE without normalizer, found {model.get('type')} {odd}, "
-                         f"normalizer {spec.get('normalizer')}")
-    special = {token["content"]: token["id"] for token in spec.get("added_tokens", [])}     # also "special": false
-    alphabet = byte_alphabet()
-    try:
-        vocab = {bytes(alphabet[c] for c in word): i for word, i in model["vocab"].items() if word not in special}
-        merges = ["".join(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]]
-        merges = [bytes(alphabet[c] for c in word) for word in merges]
-    except KeyError as error:
-        raise BadInput(f"{path}: expected byte-level vocab and merges, found no {error}") from None
-    ranks = {word: rank for rank, word in enumerate(dict.fromkeys([bytes([b]) for b in range(256)] + merges))}
-    ids = [vocab.get(word) for word in ranks]         # None: a byte without a token; it vanishes, as in Hugging Face
-    # A word that no merge makes is taken whole or not at all; in tiktoken's table, smaller words would merge into it.
-    whole = {word for word in vocab if model.get("ignore_merges") and word not in ranks}
-    whole = {word.decode("utf-8", "surrogateescape"): vocab[word] for word in whole}      # half a character never matches
-    *stages, last = split_patterns(spec.get("pre_tokenizer"), path) + ([r"[\s\S]+"] if whole else [])
-    bpe = tiktoken.Encoding("byte-level", pat_str=last, mergeable_ranks=ranks, special_tokens={})
+    unusual = {}
+    for key in ("byte_fallback", "continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(key):
+            unusual[key] = model[key]
+    if model.get("type") != "BPE" or unusual or spec.get("normalizer"):
+        raise BadInput(f"{path}: expected byte-level BPE without normalizer, "
+                       f"found {model.get('type')} {unusual}, normalizer {spec.get('normalizer')}")
+    special = {}
+    for token in spec.get("added_tokens") or []:  # also those with "special": false
+        special[token["content"]] = checked_id(token["id"], token["content"], path)
+    vocab = read_vocab(model["vocab"], special, path)
+    bpe = ByteLevel(vocab, read_merges(model["merges"], path), split_patterns(spec, path),
+                    bool(model.get("ignore_merges")))
+    return Vocabulary(bpe.encode, bpe.decode, special, 1 + max(vocab.values()), {})
 
-    def encode(text):
+
+def checked_id(value: Any, name: str, path: Path) -> int:
+    # An id of null would not fail anywhere: its word would vanish from every text.
+    if type(value) is not int or value < 0:
+        raise BadInput(f"{path}: the id of {name!r} is {value!r}, expected a whole number")
+    return value
+
+
+def to_bytes(word: str, path: Path) -> bytes:
+    """A word of tokenizer.json as the bytes that it stands for."""
+    try:
+        return bytes(BYTES[character] for character in word)
+    except KeyError as e:
+        raise BadInput(f"{path}: expected byte-level vocab and merges, found {e}") from None
+
+
+def read_vocab(vocab: dict[str, int], special: dict[str, int], path: Path) -> dict[bytes, int]:
+    """{word: id} without the control tokens."""
+    words = {}
+    for word, i in vocab.items():
+        if word not in special:
+            words[to_bytes(word, path)] = checked_id(i, word, path)
+    return words
+
+
+def read_merges(merges: list, path: Path) -> list[bytes]:
+    """The words that merges make, in their order."""
+    words = []
+    for merge in merges:
+        pair = merge.split(" ") if isinstance(merge, str) else merge  # the two spellings in use
+        if len(pair) != 2:
+            raise BadInput(f"{path}: expected a merge of two words, found {merge!r}")
+        words.append(to_bytes(pair[0] + pair[1], path))
+    return words
+
+
+# Where a pattern matches an empty string, tiktoken ends the process and regex drops a character.
+PROBE = "Word  words 1234567 don't,\n\n\té 漢字 !? x"
+
+
+def split_patterns(spec: dict[str, Any], path: Path) -> list[str]:
+    """pre_tokenizer as regular expressions, each to split the pieces that the one before left."""
+    pre = spec.get("pre_tokenizer")
+    parts = pre["pretokenizers"] if pre and pre["type"] == "Sequence" else [pre]
+    last = parts[-1]
+    if not last or last["type"] != "ByteLevel" or last.get("add_prefix_space", True):
+        raise BadInput(f"{path}: expected a last pre_tokenizer ByteLevel without add_prefix_space, "
+                       f"found {last}")
+    patterns = []
+    for part in parts[:-1]:
+        if part["type"] == "Digits":
+            patterns.append(r"\p{N}" if part.get("individual_digits") else r"\p{N}+")
+        elif part["type"] == "Split" and part["behavior"] == "Isolated" and not part.get("invert"):
+            found = part["pattern"]
+            patterns.append(found["Regex"] if "Regex" in found else regex.escape(found["String"]))
+        else:
+            raise BadInput(f"{path}: expected pre_tokenizers Digits, isolated Split, ByteLevel, "
+                           f"found {part}")
+    if last.get("use_regex", True):
+        patterns.append(GPT2_SPLIT)
+    for pattern in patterns:
+        check_pattern(pattern, path)
+    # What lies between two matches is a piece as well; tiktoken alone would drop it.
+    return [rf"(?:{pattern})|(?:(?!{pattern})[\s\S])+" for pattern in patterns]
+
+
+def check_pattern(pattern: str, path: Path) -> None:
+    try:
+        lengths = [len(match.group()) for match in regex.finditer(pattern, PROBE)]
+    except regex.error as e:
+        raise BadInput(f"{path}: {pattern!r} is no regular expression ({e})") from None
+    if 0 in lengths:
+        raise BadInput(f"{path}: the split pattern {pattern!r} can match an empty string, "
+                       "which is not implemented")
+
+
+class ByteLevel:
+    """Byte-level BPE by tiktoken.
+
+    tiktoken merges by id, tokenizer.json by the order of its merges. So tiktoken gets ranks by that
+    order, and ranks are mapped to ids here. tiktoken merges any two neighbours that make a word,
+    Hugging Face only the listed pairs: the same for merges that training made, not for every list
+    written by hand.
+    """
+
+    def __init__(self, vocab: dict[bytes, int], merges: list[bytes], patterns: list[str],
+                 ignore_merges: bool):
+        self.words = {i: word for word, i in vocab.items()}
+        bytes_first = [bytes([byte]) for byte in range(256)]
+        ranks = {}
+        for word in bytes_first + merges:
+            ranks.setdefault(word, len(ranks))
+        # None: a byte without a token. It vanishes from the text, as in Hugging Face.
+        self.ids = [vocab.get(word) for word in ranks]
+
+        # With ignore_merges, a word that no merge makes is taken whole or not at all. It must stay
+        # out of tiktoken's table, where smaller words would merge into it.
+        self.unmerged = {}
+        for word, i in vocab.items():
+            if ignore_merges and word not in ranks:
+                # Half a character becomes a surrogate, which no text holds.
+                self.unmerged[word.decode("utf-8", "surrogateescape")] = i
+
+        # The last pattern is tiktoken's work, unless pieces must be looked up before it merges.
+        everything = r"[\s\S]+"
+        if self.unmerged or not patterns:
+            patterns = [*patterns, everything]
+        self.stages = [regex.compile(pattern) for pattern in patterns[:-1]]
+        self.bpe = tiktoken.Encoding("byte-level", pat_str=patterns[-1], mergeable_ranks=ranks,
+                                     special_tokens={})
+
+    def encode(self, text: str) -> list[int]:
         pieces = [text]
-        for stage in stages:
-            pieces = [match.group() for piece in pieces for match in regex.finditer(stage, piece)]
+        for stage in self.stages:
+            smaller = []
+            for piece in pieces:
+                smaller += [match.group() for match in stage.finditer(piece)]
+            pieces = smaller
+        ids = []
         for piece in pieces:
-            yield from [whole[piece]] if piece in whole else [ids[rank] for rank in bpe.encode_ordinary(piece)]
+            if piece in self.unmerged:
+                ids.append(self.unmerged[piece])
+            else:
+                ids += [self.ids[rank] for rank in self.bpe.encode_ordinary(piece)]
+        return [i for i in ids if i is not None]
 
-    words = {i: word for word, i in vocab.items()}
-    decode = lambda tokens: b"".join(words.get(i, b"") for i in tokens).decode("utf-8", "replace")
-    return (lambda text: [i for i in encode(text) if i is not None]), decode, special, 1 + max(vocab.values()), {}
+    def decode(self, ids: list[int]) -> str:
+        words = [self.words.get(i, b"") for i in ids]
+        return b"".join(words).decode("utf-8", "replace")
 
 
-def read_llama3(path):
-    """Lines "base64 rank", where rank = id. The names of the 256 control tokens after them are not in the file."""
+def read_llama3(path: Path) -> Vocabulary:
+    """Lines "base64 rank", where rank = id. The 256 control tokens follow without their names."""
+    ranks = {}
     try:
-        ranks = {base64.b64decode(word): int(rank) for word, rank in map(bytes.split, path.read_bytes().splitlines())}
+        for line in path.read_bytes().splitlines():
+            word, rank = line.split()
+            ranks[base64.b64decode(word)] = int(rank)
     except ValueError:
         raise BadInput(f"{path}: expected lines of 'base64 rank', found something else") from None
-    if len(ranks) != 128000:                          # Llama 4 has another split pattern
-        raise BadInput(f"{path}: expected the 128000 words of Llama 3, found {len(ranks)}")
-    names = LLAMA3_SPECIAL + [f"reserved_special_token_{i}" for i in range(3, 248)]
-    special = {f"<|{name}|>": len(ranks) + i for i, name in enumerate(names)}
-    bpe = tiktoken.Encoding("llama3", pat_str=LLAMA3_SPLIT, mergeable_ranks=ranks, special_tokens={})
+    if len(ranks) != LLAMA3_WORDS:  # Llama 4 has another split pattern
+        raise BadInput(f"{path}: expected the {LLAMA3_WORDS} words of Llama 3, found {len(ranks)}")
+    if set(ranks.values()) != set(range(LLAMA3_WORDS)):
+        raise BadInput(f"{path}: expected each rank below {LLAMA3_WORDS} once, found others")
+    special = {}
+    for name in [*LLAMA3_SPECIAL, *(f"reserved_special_token_{i}" for i in range(3, 248))]:
+        special[f"<|{name}|>"] = LLAMA3_WORDS + len(special)
+    bpe = tiktoken.Encoding("llama3", pat_str=LLAMA3_SPLIT, mergeable_ranks=ranks,
+                            special_tokens={})
     ends = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"}
-    return bpe.encode_ordinary, bpe.decode, special, len(ranks) + len(special), ends
+    size = LLAMA3_WORDS + len(special)
+    return Vocabulary(bpe.encode_ordinary, bpe.decode, special, size, ends)
 
 
-def read_sentencepiece(path):
-    """Llama 2 and Mistral. Every encode() begins with a word mark, as in Meta's code: "a" is the token "▁a"."""
+def read_sentencepiece(path: Path) -> Vocabulary:
+    """Llama 2 and Mistral. As in Meta's code, each encode() begins with a word mark: "a" is "▁a"."""
     try:
         from sentencepiece import SentencePieceProcessor
         model = SentencePieceProcessor(model_file=str(path))
     except ImportError:
         raise BadInput(f"{path}: this tokenizer needs: pip install sentencepiece") from None
     except (RuntimeError, OSError):
-        raise BadInput(f"{path}: expected a tokenizer of Llama 3 or of sentencepiece, found neither") from None
-    special = {model.id_to_piece(i): i for i in range(len(model)) if model.is_control(i) or model.is_unknown(i)}
-    ends = {"bos_token_id": model.bos_id(), "eos_token_id": model.eos_id()}
-    return model.encode, model.decode, special, len(model), ends
+        raise BadInput(f"{path}: expected a tokenizer of Llama 3 or of sentencepiece, "
+                       "found neither") from None
+    special = {}
+    for i in range(len(model)):
+        if model.is_control(i) or model.is_unknown(i):
+            special[model.id_to_piece(i)] = i
+    ends = {}
+    for key, i in (("bos_token_id", model.bos_id()), ("eos_token_id", model.eos_id())):
+        if i >= 0:  # -1: it has none
+            ends[key] = i
+    return Vocabulary(model.encode, model.decode, special, len(model), ends)
 
 
-def load_tokenizer(folder, template="auto"):
-    """The Tokenizer of a model folder. ValueError names the file, what was found and what was expected."""
+# ------------------------------------------------------------------------- the folder's settings
+
+# Later files know better.
+SETTINGS = ("config.json", "generation_config.json", "tokenizer_config.json")
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """What the JSON files of a folder say of the tokenizer, in one dict."""
+    settings = {}
+    for path in [folder / name for name in SETTINGS]:
+        if path.is_file():
+            found = read_json(path)
+            with reading(path):
+                check_settings(found, path)
+            settings |= found
+    return settings
+
+
+def check_settings(found: dict[str, Any], path: Path) -> None:
+    """BadInput for a name or an id of BOS or EOS, or a list of added tokens, that is none."""
+    for i, token in (found.get("added_tokens_decoder") or {}).items():
+        if not isinstance(token["content"], str):
+            raise BadInput(f"{path}: added token {i} is {token['content']!r}, expected a text")
+        checked_id(int(i), token["content"], path)
+    for key in ("bos_token", "eos_token"):
+        name = found.get(key)
+        if not isinstance(name["content"] if isinstance(name, dict) else name, str | None):
+            raise BadInput(f"{path}: {key} is {name!r}, expected a text")
+    for key in ("bos_token_id", "eos_token_id"):
+        ids = found.get(key)
+        if ids == []:
+            raise BadInput(f"{path}: {key} is [], expected an id or a list of ids")
+        for i in ids if isinstance(ids, list) else [ids]:
+            if i is not None:
+                checked_id(i, key, path)
+
+
+def end_of(which: str, settings: dict[str, Any], special: dict[str, int]) -> int | None:
+    """The id of "bos" or "eos": by name where one is given, else by id; of several the first."""
+    name = settings.get(f"{which}_token")
+    if isinstance(name, dict):
+        name = name["content"]
+    if name in special:
+        return special[name]
+    ids = settings.get(f"{which}_token_id")
+    return ids[0] if isinstance(ids, list) else ids
+
+
+def find_template(folder: Path, settings: dict[str, Any], special: dict[str, int]) -> str:
+    """The first of TEMPLATES whose marker is a special token or in the folder's own template."""
+    clues = [*special, str(settings.get("chat_template"))]
+    jinja = folder / "chat_template.jinja"
+    if jinja.is_file():
+        with reading(jinja):
+            clues.append(jinja.read_text("utf-8"))
+    text = "\n".join(clues)
+    return next(name for name, template in TEMPLATES.items() if template.marker in text)
+
+
+# ------------------------------------------------------------------------------- the tokenizer
+
+def load_tokenizer(folder: str | Path, template: str = "auto") -> "Tokenizer":
+    """The Tokenizer of a model folder. BadInput names the file, what was found, what expected."""
     folder = Path(folder)
     path = folder / "tokenizer.model"
-    if path.is_file():                                # the first line tells Llama 3's text from a protobuf
-        with open(path, "rb") as f:
-            read = read_llama3 if re.match(rb"[\w+/]+=* \d+\s", f.read(64)) else read_sentencepiece
-    else:
-        path, read = folder / "tokenizer.json", read_byte_level
+    read = read_byte_level
     if not path.is_file():
-        raise BadInput(f"{folder}: found no tokenizer, expected tokenizer.model or tokenizer.json")
-    tokenizer = Tokenizer(folder, template, *read(path))
-    tokenizer.digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-    return tokenizer
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise BadInput(f"{folder}: found no tokenizer, "
+                           "expected tokenizer.model or tokenizer.json")
+    with reading(path):
+        content = path.read_bytes()
+        if path.name == "tokenizer.model":
+            # The first line tells Llama 3's text from a protobuf.
+            is_text = re.match(rb"[\w+/]+=* \d+\s", content[:64])
+            read = read_llama3 if is_text else read_sentencepiece
+        vocabulary = read(path)
+    digest = hashlib.sha256(content).hexdigest()[:16]
+    return Tokenizer(folder, template, vocabulary, digest)
 
 
 class Tokenizer:
     """One model folder's encode, decode and chat; made by load_tokenizer.
 
-    special {name: id} of control tokens; bos_id, eos_id int, or None where the folder names none; vocab_size highest
-    id + 1 (a model may have more rows); template a name in TEMPLATES; digest the first 16 hexadecimal digits of the
-    sha256 of the file that gives the ids.
+    special: {name: id} of control tokens. bos_id, eos_id: int, or None where the folder names none.
+    vocab_size: highest id + 1 (a model may have more rows). template: a name in TEMPLATES. digest:
+    16 hexadecimal digits of the tokenizer file's sha256: where they are equal, so are the ids.
     """
 
-    def __init__(self, folder, template, encode, decode, special, size, settings):
-        for name in ("config.json", "generation_config.json", "tokenizer_config.json"):   # later files know better
-            settings |= read_json(folder / name) if (folder / name).is_file() else {}
-        self._encode, self._decode, self.template = encode, decode, template
-        self.special = special | {t["content"]: int(i) for i, t in settings.get("added_tokens_decoder", {}).items()}
+    def __init__(self, folder: Path, template: str, vocabulary: Vocabulary, digest: str):
+        self._encode = vocabulary.encode
+        self._decode = vocabulary.decode
+        self.digest = digest
+        settings = vocabulary.ends | read_settings(folder)
+        self.special = dict(vocabulary.special)
+        for i, token in (settings.get("added_tokens_decoder") or {}).items():
+            self.special[token["content"]] = int(i)
         self._names = {i: name for name, i in self.special.items()}
-        self.vocab_size = max(size, *(i + 1 for i in self._names), 0)
-        self.bos_id, self.eos_id = self._end("bos", settings), self._end("eos", settings)
+        self.vocab_size = max([vocabulary.size, *(i + 1 for i in self._names)])
+        self.bos_id = end_of("bos", settings, self.special)
+        self.eos_id = end_of("eos", settings, self.special)
+
         if template == "auto":
-            jinja = folder / "chat_template.jinja"
-            clues = "\n".join([*self.special, str(settings.get("chat_template"))])
-            clues += jinja.read_text("utf-8") if jinja.is_file() else ""
-            self.template = next(name for name, t in TEMPLATES.items() if t.marker in clues)
+            template = find_template(folder, settings, self.special)
         elif template not in TEMPLATES:
             raise BadInput(f"unknown template {template!r}, expected auto, {', '.join(TEMPLATES)}")
-        needed = set(CONTROL.findall(TEMPLATES[self.template].user + TEMPLATES[self.template].tail))
+        self.template = template
+        needed = set(CONTROL.findall(TEMPLATES[template].user + TEMPLATES[template].tail))
         if needed - set(self.special):
-            raise BadInput(f"{folder}: template {self.template} needs {sorted(needed)}, found {[*self.special][:20]}")
+            found = list(self.special)[:20]
+            raise BadInput(f"{folder}: template {template} needs {sorted(needed)}, found {found}")
 
-    def _end(self, which, settings):
-        """bos or eos: a name in tokenizer_config.json, else an id or (Llama 3.1) a list of ids."""
-        name, ids = settings.get(f"{which}_token"), settings.get(f"{which}_token_id")
-        name = name["content"] if isinstance(name, dict) else name
-        return self.special.get(name, ids[0] if isinstance(ids, list) else ids)
+    def encode(self, text: str) -> list[int]:
+        """No BOS, and no control tokens whatever the text says."""
+        ids = []
+        # tiktoken panics at 1,000,000 spaces; 100,000 were fine.
+        for part in re.split(r"(\s{25000})", text):
+            ids += self._encode(part)
+        return ids
 
-    def encode(self, text):
-        """str -> [int]. No BOS, and no control tokens whatever the text says."""
-        parts = re.split(r"(\s{25000})", text)        # tiktoken panics at 1,000,000 spaces; 100,000 were fine
-        return [i for part in parts for i in self._encode(part)]
-
-    def decode(self, ids, skip_special=True):
-        """[int] -> str. Control tokens are left out or shown by name; bytes that are not UTF-8 show as U+FFFD."""
+    def decode(self, ids: list[int], skip_special: bool = True) -> str:
+        """Control tokens are left out or shown by name; bytes that are not UTF-8 show as U+FFFD."""
         if skip_special:
             return self._decode([i for i in ids if i not in self._names])
-        runs = itertools.groupby(ids, self._names.get)
-        return "".join(name * len(list(run)) if name else self._decode(list(run)) for name, run in runs)
+        # What lies between two control tokens is decoded at once: a character may take several ids.
+        text = ""
+        run = []
+        for i in ids:
+            if i in self._names:
+                text += self._decode(run) + self._names[i]
+                run = []
+            else:
+                run.append(i)
+        return text + self._decode(run)
 
-    def chat(self, user_head, user_tail, system=None):
+    def chat(self, user_head: str, user_tail: str, system: str | None = None
+             ) -> tuple[list[int], list[int], list[int]]:
         """One user turn around a document: (prefix_ids, suffix_ids, stop_ids).
 
-        prompt = prefix_ids + the document's tokens + suffix_ids; the answer follows and ends with stop_ids[0] (any of
-        stop_ids when generating). system: None is the template's default, "" is no system part.
+        prompt = prefix_ids + the document's tokens + suffix_ids; the answer follows and ends with
+        stop_ids[0] (any of stop_ids when generating). system: None is the template's default, "" is
+        no system part.
         """
-        t = TEMPLATES[self.template]
-        system = t.default_system if system is None else system
-        prefix = self._ids((t.begin, ""), (t.system if system else "", system), (t.user, user_head))
-        stops = list(dict.fromkeys(self._ids((t.stops, ""))))
+        template = TEMPLATES[self.template]
+        if system is None:
+            system = template.default_system
+        head = [(template.begin, ""), (template.user, user_head)]
+        if system:
+            head.insert(1, (template.system, system))
+        stops = list(dict.fromkeys(self._fill([(template.stops, "")])))
         if not stops:
-            raise BadInput(f"template {self.template} ends answers with {t.stops}: found no such token in this folder")
-        return prefix, self._ids((t.tail, user_tail)), stops
+            raise BadInput(f"template {self.template} ends answers with {template.stops}: "
+                           "found no such token in this folder")
+        return self._fill(head), self._fill([(template.tail, user_tail)]), stops
 
-    def _ids(self, *filled):
-        """(format, text) pairs -> ids. Text goes in after the control tokens came out, so it cannot bring its own."""
+    def _fill(self, forms: list[tuple[str, str]]) -> list[int]:
+        """(format, text) pairs -> ids. Control tokens come out before text goes in: it brings none."""
         control = {**self.special, "<bos>": self.bos_id, "<eos>": self.eos_id}
-        runs = [""]                                   # text, id, text, id, ..., text: words may cross two formats
-        for form, text in filled:
-            first, *rest = CONTROL.split(form)
-            runs[-1] += first.format(text=text)
-            for name, words in zip(rest[::2], rest[1::2]):
-                runs += [control.get(name), words.format(text=text)]
-        ids = [run if i % 2 else self.encode(run) for i, run in enumerate(runs)]
-        return [i for run in ids if run is not None for i in (run if isinstance(run, list) else [run])]
+        # Between two control tokens all is encoded at once: a word may cross two formats.
+        ids = []
+        words = ""
+        for form, text in forms:
+            for part in CONTROL.split(form):
+                if not CONTROL.fullmatch(part):
+                    words += part.format(text=text)
+                    continue
+                ids += self.encode(words)
+                words = ""
+                if control.get(part) is not None:
+                    ids.append(control[part])
+        return ids + self.encode(words)

@@ -352,14 +352,130 @@ def test_a_normalizer_is_refused(tmp_path):
     refused(tmp_path, "NFC")
 
 
+TINY = Path(__file__).parent.parent / "models" / "tiny"
+
+
+def change(*keys, to):
+    """A function that sets spec[keys[0]][keys[1]]... of a tokenizer.json."""
+    def apply(spec):
+        for key in keys[:-1]:
+            spec = spec[key]
+        spec[keys[-1]] = to
+    return apply
+
+
+def pre(*parts):
+    return change("pre_tokenizer", to={"type": "Sequence", "pretokenizers": [*parts, BYTE_LEVEL]})
+
+
+def split(pattern, **more):
+    return {"type": "Split", "behavior": "Isolated", "invert": False, "pattern": pattern, **more}
+
+
+@pytest.mark.parametrize("damage, words", [
+    (change("model", to=3), []),
+    (change("model", to="BPE"), []),
+    (change("model", "vocab", "a", to=None), ["'a' is None, expected a whole number"]),
+    (change("model", "vocab", "a", to="7"), ["'a' is '7'"]),
+    (change("model", "vocab", "a", to=True), ["'a' is True"]),
+    (change("model", "vocab", "a", to=-1), ["'a' is -1"]),
+    (change("model", "vocab", to={}), []),
+    (change("model", "vocab", to=None), []),
+    (change("model", "vocab", to=["a"]), []),
+    (change("model", "merges", to=None), []),
+    (change("model", "merges", to=[3]), []),
+    (change("model", "merges", to=["a b c"]), ["'a b c'"]),
+    (change("model", "merges", to=[["a"]]), ["['a']"]),
+    (change("model", "merges", to=["ab"]), ["'ab'"]),
+    (change("added_tokens", to=[0]), []),
+    (change("added_tokens", to=3), []),
+    (change("added_tokens", to=[{"content": "<|x|>"}]), ["'id'"]),
+    (change("added_tokens", to=[{"content": "<|x|>", "id": None}]), ["'<|x|>' is None"]),
+    (change("added_tokens", to=[{"content": ["<|x|>"], "id": 3}]), []),
+    (change("pre_tokenizer", to="ByteLevel"), []),
+    (change("pre_tokenizer", to=[BYTE_LEVEL]), []),
+    (change("pre_tokenizer", to={}), ["ByteLevel"]),
+    (change("pre_tokenizer", to={"pretokenizers": [BYTE_LEVEL]}), ["type"]),
+    (change("pre_tokenizer", to={"type": "Sequence"}), []),
+    (change("pre_tokenizer", to={"type": "Sequence", "pretokenizers": []}), []),
+    (change("pre_tokenizer", to={"type": "Sequence", "pretokenizers": 3}), []),
+    (pre(3), []),
+    (pre({}), ["type"]),
+    (pre(split({})), []),
+    (pre(split("x")), []),
+    (pre(split({"Regex": 3})), []),
+    (pre(split({"Regex": "("})), ["'('", "regular expression"]),
+    (pre(split({"Regex": "[a"})), ["'[a'", "regular expression"]),
+    (pre(split({"Regex": "x*"})), ["'x*'", "empty"]),
+    (pre(split({"Regex": ""})), ["empty"]),
+    (pre(split({"String": ""})), ["empty"]),
+    (pre(split({"Regex": r"(?=(\d{3})+(?!\d))"})), ["empty"]),
+    (pre(split({"Regex": "x"}, invert=True)), ["invert"]),
+])
+def test_a_tokenizer_json_of_another_shape_is_refused_in_a_line(tmp_path, damage, words):
+    """Where a pattern can match an empty string, regex leaves characters out and tiktoken ends the process."""
+    spec = json.loads((TINY / "tokenizer.json").read_text("utf-8"))
+    damage(spec)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec), "utf-8")
+    refused(tmp_path, "tokenizer.json", *words)
+
+
+@pytest.mark.parametrize("name, content, words", [
+    ("generation_config.json", {"eos_token_id": []}, ["eos_token_id is []"]),
+    ("generation_config.json", {"eos_token_id": ["2"]}, ["eos_token_id", "'2'"]),
+    ("config.json", {"bos_token_id": "1"}, ["bos_token_id", "'1'"]),
+    ("config.json", {"eos_token_id": True}, ["eos_token_id", "True"]),
+    ("config.json", {"eos_token_id": -1}, ["eos_token_id", "-1"]),
+    ("config.json", {"eos_token_id": 2.0}, ["eos_token_id", "2.0"]),
+    ("tokenizer_config.json", {"eos_token": 3}, ["eos_token is 3"]),
+    ("tokenizer_config.json", {"eos_token": {"lstrip": False}}, ["content"]),
+    ("tokenizer_config.json", {"eos_token": ["<|end|>"]}, ["eos_token is ['<|end|>']"]),
+    ("tokenizer_config.json", {"added_tokens_decoder": [0]}, []),
+    ("tokenizer_config.json", {"added_tokens_decoder": {"x": {"content": "y"}}}, []),
+    ("tokenizer_config.json", {"added_tokens_decoder": {"3": "y"}}, []),
+    ("tokenizer_config.json", {"added_tokens_decoder": {"3": {"content": None}}}, ["added token 3 is None"]),
+    ("tokenizer_config.json", {"added_tokens_decoder": {"-3": {"content": "y"}}}, ["'y' is -3"]),
+    ("tokenizer_config.json", [], ["expected a JSON object"]),
+])
+def test_a_setting_that_is_none_is_refused_by_file(tmp_path, name, content, words):
+    (tmp_path / "tokenizer.json").write_bytes((TINY / "tokenizer.json").read_bytes())
+    load_tokenizer(tmp_path)
+    (tmp_path / name).write_text(json.dumps(content))
+    refused(tmp_path, name, *words)
+
+
+def test_a_chat_template_that_is_not_text_is_refused(tmp_path):
+    (tmp_path / "tokenizer.json").write_bytes((TINY / "tokenizer.json").read_bytes())
+    (tmp_path / "chat_template.jinja").write_bytes(b"{{ '\xff' }}")
+    refused(tmp_path, "chat_template.jinja")
+    assert load_tokenizer(tmp_path, "plain").template == "plain"  # nobody asked the file
+
+
+def test_llama3_ranks_that_are_not_the_ids_are_refused(tmp_path):
+    words = [base64.b64encode(i.to_bytes(3, "big")) for i in range(128000)]
+    lines = [word + b" %d\n" % rank for rank, word in enumerate(words)]
+    lines[5] = words[5] + b" 4\n"
+    (tmp_path / "tokenizer.model").write_bytes(b"".join(lines))
+    refused(tmp_path, "tokenizer.model", "each rank below 128000 once")
+
+
+def test_the_byte_alphabet_is_the_one_of_the_tokenizers_package():
+    from tokenizers import pre_tokenizers
+    assert set(byte_alphabet()) == set(pre_tokenizers.ByteLevel.alphabet())
+    assert list(byte_alphabet().values()) == list(range(256))
+    splitter = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    for text in ("A \n\x00\x7f", "é漢😀\xad"):
+        (piece, _), = splitter.pre_tokenize_str(text)
+        assert bytes(byte_alphabet()[character] for character in piece) == text.encode()
+
+
 def test_the_digest_names_the_tokenizer_and_nothing_else(tmp_path):
-    tiny = Path(__file__).parent.parent / "models" / "tiny"
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "tokenizer.json").write_bytes((tiny / "tokenizer.json").read_bytes())
+        (tmp_path / name / "tokenizer.json").write_bytes((TINY / "tokenizer.json").read_bytes())
     (tmp_path / "b" / "tokenizer_config.json").write_text('{"model_max_length": 1}')
-    expected = hashlib.sha256((tiny / "tokenizer.json").read_bytes()).hexdigest()[:16]
-    assert {load_tokenizer(folder).digest for folder in (tiny, tmp_path / "a", tmp_path / "b")} == {expected}
-    spaced = (tiny / "tokenizer.json").read_text() + " "
+    expected = hashlib.sha256((TINY / "tokenizer.json").read_bytes()).hexdigest()[:16]
+    assert {load_tokenizer(folder).digest for folder in (TINY, tmp_path / "a", tmp_path / "b")} == {expected}
+    spaced = (TINY / "tokenizer.json").read_text() + " "
     (tmp_path / "b" / "tokenizer.json").write_text(spaced)
     assert load_tokenizer(tmp_path / "b").digest != expected

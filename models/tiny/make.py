@@ -27,6 +27,7 @@ sys.path[:0] = [str(HERE.parents[1])]                   # the repository root, f
 from checkpoint import save_pretrained                  # noqa: E402
 from configs import write_json                          # noqa: E402
 from model import Llama, LlamaConfig                    # noqa: E402
+from tokenizer import byte_alphabet                     # noqa: E402
 from world import CITIES, JOBS, ask, examples, words, world  # noqa: E402
 
 WINDOW = 128
@@ -37,16 +38,9 @@ BOS, END = "<|bos|>", "<|end|>"
 SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
-def byte_symbols():
-    """The printable character that byte-level BPE writes for each of the 256 bytes (GPT-2's table)."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    shifted = iter(range(256, 512))
-    return [chr(byte if byte in printable else next(shifted)) for byte in range(256)]
-
-
 def vocabulary():
     """{token: id}: the bytes, so that any text can be encoded, then whole words, then the two special tokens."""
-    tokens = byte_symbols() + ["Question", "Answer"] + ["Ġ" + word for word in words()] + [BOS, END]
+    tokens = list(byte_alphabet()) + ["Question", "Answer"] + ["Ġ" + word for word in words()] + [BOS, END]
     return {token: i for i, token in enumerate(tokens)}
 
 
