@@ -41,7 +41,9 @@ def generate(model: Llama, prompts: list[list[int]], max_new_tokens: int,
             raise BadInput(f"prompt {i} of {len(prompts)} is empty")
 
     N = len(prompts)
-    layout = lay_out(prompts, shared or [0] * N)
+    if shared is None:
+        shared = [0] * N
+    layout = lay_out(prompts, shared)
     cache = KVCache(model.config, layout, max_new_tokens, watched=look is not None)
     answers = [[] for _ in prompts]
     alive = list(range(N))  # the cache's row r belongs to answer alive[r]
@@ -57,13 +59,14 @@ def generate(model: Llama, prompts: list[list[int]], max_new_tokens: int,
                 look(i, token, cache.tops_of(row))
             if token not in stop_ids:
                 going.append(row)
+        # The last token's own keys would be needed for a next one only.
         if not going or step == max_new_tokens - 1:
             break
         if len(going) < len(alive):
             # What has ended leaves the batch, so the last long answer does not pay for all.
-            alive = [alive[row] for row in going]
-            tokens = tokens[going]
             cache.keep(going)
+            tokens = tokens[going]
+            alive = [alive[row] for row in going]
         logits = decode_one_token(model, tokens, cache)
     return answers
 
@@ -107,8 +110,10 @@ def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Ge
     # Noise is drawn for all N rows, also for those that have ended: so what a row gets depends on
     # the seed alone, and an answer stays the same whether or not its neighbours stopped early.
     V = logits.shape[1]
-    noise = probs.new_empty(N, V).exponential_(generator=generator)
-    places = (probs / noise[alive]).argmax(-1, keepdim=True)
+    noise = probs.new_empty(N, V)
+    noise.exponential_(generator=generator)
+    drawn = probs / noise[alive]
+    places = drawn.argmax(-1, keepdim=True)
     return order.gather(1, places)[:, 0]
 
 
@@ -198,7 +203,8 @@ class KVCache:
         # On the CPU: the host decides by them how much of the cache a step reads.
         self.lengths = torch.tensor(lengths)
         # All rows get the room of the longest. Whoever asks sorts prompts by length beforehand.
-        self.size = slots_for(max(lengths) + max_new_tokens)
+        longest = max(lengths) + max_new_tokens
+        self.size = slots_for(longest)
         self.layers = [None] * config.num_hidden_layers
         self.tops = [None] * config.num_hidden_layers
 
@@ -232,14 +238,13 @@ class KVCache:
             # Rows with one beginning part here, each with a copy: from now on each grows alone.
             prefix = slice(segment.prefix_start, segment.prefix_end)
             own = slice(segment.start, segment.end)
-            P = segment.prefix_length  # 0 for a prompt that shares nothing
-            end = P + segment.length
-            keys[row, :P] = k_TKD[prefix]
-            values[row, :P] = v_TKD[prefix]
-            keys[row, P:end] = k_TKD[own]
-            values[row, P:end] = v_TKD[own]
+            n = segment.prefix_length + segment.length
+            keys[row, :n] = torch.cat([k_TKD[prefix], k_TKD[own]])
+            values[row, :n] = torch.cat([v_TKD[prefix], v_TKD[own]])
         self.layers[layer] = cached
+
         if self.watched:
+            # The first new token comes from the prompt's last row: that is the query to look at.
             device = q_THD.device
             q_NHD = q_THD[self.layout.last_tokens(device)]
             seen = self.seen(self.size, self.lengths - 1, device)
@@ -251,7 +256,8 @@ class KVCache:
         new = self.lengths.to(device)  # the slots that the new keys take
         # As far as the longest row, rounded up: a length that grows by one a step is a new shape a
         # step, for which some GPU kernels plan anew, and whose mask's rows are not aligned.
-        S = slots_for(int(self.lengths.max()) + 1)
+        longest = int(self.lengths.max()) + 1
+        S = slots_for(longest)
         seen = self.seen(S, self.lengths, device)
         attends = []
         for layer in range(len(self.layers)):
@@ -268,6 +274,7 @@ class KVCache:
         k_NKSD = keys[:, :S].transpose(1, 2)
         v_NKSD = values[:, :S].transpose(1, 2)
         if self.watched:
+            # Flash kernels keep no scores. They are made once more, for whoever wants to see them.
             self.tops[layer] = top_keys(q_NHD, k_NKSD, seen)
         return attend_one_query(q_NHD, k_NKSD, v_NKSD, seen)
 
@@ -280,7 +287,8 @@ class KVCache:
 
 def slots_for(n: int) -> int:
     """n tokens' slots, rounded up."""
-    return -(-n // SLOTS) * SLOTS
+    blocks = math.ceil(n / SLOTS)
+    return blocks * SLOTS
 
 
 def attend_one_query(q_NHD: Tensor, k_NKSD: Tensor, v_NKSD: Tensor, seen: Tensor) -> Tensor:
@@ -302,6 +310,7 @@ def top_keys(q: Tensor, keys: Tensor, seen: Tensor) -> Tensor:
     # In fp32 whatever the model's dtype: bf16 keeps 8 bits of a score, so that near the top whole
     # handfuls of keys are equal, and the arg-max of equals is the first, not the best.
     q = q.view(N, K, H // K, D).float()
-    scores = q @ keys.float().transpose(2, 3)  # (N, K, H / K, S)
+    keys = keys.float().transpose(2, 3)
+    scores = q @ keys  # (N, K, H / K, S)
     scores = scores.masked_fill(~seen, -math.inf)
     return scores.argmax(-1).view(N, H)
