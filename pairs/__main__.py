@@ -16,11 +16,13 @@ import torch
 
 from checkpoint import load_pretrained
 from configs import exit_on_bad_input, load_config, pairs_path
-from pairs import convert, corpus, look
+from pairs import convert, corpus
 from pairs.build import build_pairs
+from pairs.show import show
+from pairs.stats import score, stats
 from tokenizer import load_tokenizer
 
-COMMANDS = {"score": look.score, "stats": look.stats, "show": look.show, "convert": convert.convert}
+COMMANDS = {"score": score, "stats": stats, "show": show, "convert": convert.convert}
 
 
 def build(argv: list[str]) -> int:

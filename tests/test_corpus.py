@@ -1,6 +1,8 @@
 """corpus.py: every form of a row, every kind of file, and what becomes of rows that cannot be used."""
 import gzip
 import json
+import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -228,3 +230,86 @@ def test_rows_of_different_forms_may_be_mixed(tmp_path):
     kinds = [next(key for key in ("text", "context") if key in e) for e in found]
     assert kinds.count("text") == 1 and len(found) == 10
     assert all(set(e["context"]) <= {f"\np{i}".strip() for i in range(6)} for e in found if isinstance(e.get("context"), list))
+
+
+# ---------------------------------------------------------------------------------------------------- documents
+
+def three_questions_each(path, form):
+    """300 documents with 3 questions each: as rows of their own, in another order, or as conversations."""
+    def question(d, q):
+        return {"question": f"Question {q} about {d}?", "answers": [f"Answer {d} {q}"]}
+    if form == "conversations":
+        found = []
+        for d in range(300):
+            turns = [user(f"Document {d} tells this.\n\nQuestion 0 about {d}?"), assistant(f"Answer {d} 0")]
+            for q in (1, 2):
+                turns += [user(f"Question {q} about {d}?"), assistant(f"Answer {d} {q}")]
+            found.append({"conversations": turns})
+        convert.convert(["long-llm-data", str(lines(path.with_name("in.jsonl"), found)), str(path)])
+        return path
+    text = "context" if form == "contexts" else "text"
+    return lines(path, [{text: f"Document {d} tells this.", **question(d, q)} for q in range(3) for d in range(300)])
+
+
+def document_of(example):
+    """The document's number in the question, which the test put there."""
+    return int(example["question"].split()[-1].strip("?"))
+
+
+@pytest.mark.parametrize("form", ["contexts", "passages", "conversations"])
+def test_no_document_is_trained_on_and_asked_about(tmp_path, form):
+    path = three_questions_each(tmp_path / "c.jsonl", form)
+    args = ("n_examples=700", "fresh_questions=90", "context_size=4")
+    train, fresh = read(path, *args), read(path, *args, split="fresh")
+    assert len(train) == 700 and len(fresh) == 90
+    in_train, in_fresh = ({document_of(e) for e in part} for part in (train, fresh))
+    assert not in_train & in_fresh and len(in_fresh) == 30
+    numbers = {}
+    for example in train + fresh:
+        assert numbers.setdefault(example["document"], document_of(example)) == document_of(example)
+        if form == "passages":           # nor is a distractor from the other side, nor is a passage there twice
+            told = [int(passage.split()[1]) for passage in example["context"]]
+            assert len(set(told)) == 4 and document_of(example) in told
+            assert set(told) <= (in_train if example in train else in_fresh)
+    assert len(numbers) == len(in_train | in_fresh)
+    with pytest.raises(BadInput, match="900 examples of 300 documents, expected 811 for pairs . 90 for fresh_questions"):
+        read(path, "n_examples=811", "fresh_questions=90", "context_size=4", split="fresh")
+
+
+def test_questions_written_about_one_text_share_its_number(tmp_path):
+    found = read(lines(tmp_path / "d.jsonl", [{"text": "A."}, {"text": "B."}, {"text": "A."}]), "questions=2")
+    assert sorted((e["text"], e["document"]) for e in found) == [("A.", 0)] * 4 + [("B.", 1)] * 2
+
+
+def test_a_generated_corpus_has_documents_too(tmp_path):
+    (tmp_path / "c.py").write_text("def examples(count, size, seed):\n    for i in range(count):\n"
+                                   "        yield {'context': f'Text {i // 3}.', 'question': 'Q?', 'answers': []}\n")
+    assert [e["document"] for e in read(tmp_path / "c.py", "n_examples=7")] == [0, 0, 0, 1, 1, 1, 2]
+    (tmp_path / "d.py").write_text("config = {}\n")
+    with pytest.raises(BadInput, match="d.py: expected a function examples"):
+        read(tmp_path / "d.py", "n_examples=7")
+
+
+def test_more_files_than_a_process_may_open(tmp_path, capsys):
+    for i in range(60):
+        (tmp_path / f"{i:02}.txt").write_text(f"Text {i}.")
+        (tmp_path / f"{i:02}.jsonl.gz").write_bytes(gzip.compress(json.dumps({"text": f"Packed {i}."}).encode()))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 20, hard))
+    try:
+        found = {e["text"] for e in read(tmp_path)}
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert found == {f"Text {i}." for i in range(60)} | {f"Packed {i}." for i in range(60)}
+    assert "left out" not in capsys.readouterr().err
+
+
+def test_a_file_that_goes_or_changes_is_named(tmp_path):
+    path = lines(tmp_path / "a.jsonl", ROWS)
+    found = corpus.read_examples(config(f"examples={path}", "n_examples=0"), "train")
+    path.write_text("x" * 1000)
+    with pytest.raises(BadInput, match="a.jsonl: has changed since it was read first"):
+        found[0]
+    path.unlink()
+    with pytest.raises(BadInput, match="a.jsonl: has changed since it was read first"):
+        found[0]

@@ -18,7 +18,7 @@ import pytest
 from checkpoint import load_pretrained
 from configs import BadInput, load_config, run_file
 from data import encode_group, load_pairs, words_evaluator
-from pairs.answers import audit, fault_of_chosen, gives, is_right, keep_rejected, normalize
+from pairs.answers import is_right, normalize
 from pairs.build import build_pairs, draft, question_in
 from pairs.policy import by_length
 from tokenizer import load_tokenizer
@@ -137,47 +137,6 @@ def test_ready_pairs_go_through_to_the_loss(tmp_path, tokenizer):
     assert group.tokens[:group.segments[0][1]].tolist() == prompt[:-1] and len(group.segments) == 4
     start, end, *_ = group.segments[1]
     assert group.targets[start:end].tolist() == tokenizer.encode(" Rosa paints in Naples.") + stops[:1]
-
-
-# -------------------------------------------------------------------------------------------------------- audit
-
-@pytest.mark.parametrize("rejected, reason", [
-    ([" b", ""], "rejected empty"), ([" b", " B."], "rejected equals another answer"), ([" a.", " b"], "rejected equals another answer"),
-    ([" b", None], "rejected unfinished"), ([" b", " Turin"], "rejected right"), ([" b", "", " c"], None)])
-def test_degenerate_rejected_answers_are_refused(rejected, reason):
-    row = {"chosen": " a", "answers": ["Turin"]}
-    kept, fault = keep_rejected(row, rejected, config())
-    assert fault == reason and (fault or kept == [0, 2])
-
-
-@pytest.mark.parametrize("text, answers, fault", [
-    ("Naples", ["Naples"], None), ("Rome", ["Naples"], "chosen wrong"), ("Rome", [], None), (None, [], "chosen unfinished"),
-    (" ", [], "chosen empty"), ("who is rosa", [], "chosen repeats the question")])
-def test_degenerate_chosen_answers_are_refused(text, answers, fault):
-    assert fault_of_chosen(text, {"question": "Who is Rosa?", "answers": answers}, config()) == fault
-
-
-def test_right_folds_case_articles_and_punctuation():
-    assert is_right("It was the Gospel-of Luke!", ["gospel of luke"])
-    assert not is_right("Turing", ["Turin"]) and not is_right("", ["Turin"])
-
-
-def test_a_long_reference_answer_need_not_be_repeated_word_by_word():
-    reference = "The treaty was signed at Versailles in June 1919 after months of negotiation between thirty-two countries, without Germany."
-    said = "In 1919, after long negotiation among the countries, Germany received the treaty that was signed at Versailles."
-    assert not is_right(said, [reference]) and gives(said, [reference], 0.5) and not gives(said, [reference], 0.9)
-    assert not gives("Naples", ["Naples or Turin"], 0.1)   # short answers are compared as they are
-
-
-def test_the_audit_of_a_pair():
-    row = {"question": "When did Rosa paint Naples?", "answers": ["1923"], "chosen": "Rosa painted it in 1923.",
-           "rejected": ["Rosa painted it in 1931.", "I cannot say.", "In 1923."]}
-    found = audit(config(), words_evaluator, row, [True, True, False, False], ["irrelevant", "near misses", "irrelevant"])
-    assert found == {"chosen_right": True, "chosen_saw_evidence": True, "rejected_right": [False, False, True], "rejected_saw_evidence": [True, False, False],
-                     "evidence": ["irrelevant", "near misses", "irrelevant"], "error": ["hallucination", "unfollowing", "right"],
-                     "length_ratio": 1.5, "overlap": [0.667, 0.0, 0.4]}
-    none = audit(config(), words_evaluator, {**row, "answers": []}, [None] * 4, ["irrelevant"] * 3)
-    assert none["chosen_right"] is None and none["rejected_right"] == [None] * 3
 
 
 def test_evidence_in_a_rejected_prompt_is_seen():

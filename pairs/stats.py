@@ -1,0 +1,214 @@
+"""Tables: what is in a pairs' file (stats), and what chunks and scores come to before that
+(score)."""
+import os
+import resource
+import time
+from collections import Counter
+from collections.abc import Iterable
+
+import numpy as np
+
+from configs import BadInput, check_settings, load_config
+from data import IRRELEVANT, NEAR, PARTIAL, check_fit, load_evaluator, read_lines
+from pairs.build import drafts, missing_blocks
+from pairs.corpus import read_examples
+from pairs.coverage import SAMPLES, coverage, picture, to_uniform
+from tokenizer import load_tokenizer
+
+# Why an example makes no pair: what to turn if there are many.
+REASONS = {
+    "no critical chunk": "score_with=question+answer compares with the answer too",
+    "no irrelevant chunk": "a lower chunk_size, or longer contexts",
+    "chosen wrong": "chosen_from=reference; or require_correct_chosen=False, a lower correct_share",
+    "chosen unfinished": "a higher max_new_tokens",
+    "chosen empty": "template, prompt_tail",
+    "chosen repeats the question": "prompt_tail, template",
+    "no reference answer": "chosen_from=generated",
+    "rejected right": "more candidates; or require_wrong_rejected=False",
+    "rejected unfinished": "a higher max_new_tokens, more candidates",
+    "rejected empty": "more candidates",
+    "rejected equals another answer": "a higher temperature, more candidates",
+    "fewer than M rejected answers": "a lower n_rejected",
+    "prompt longer than n_chunks": "a higher n_chunks",
+    "longer than window": "a higher window, or a lower n_chunks",
+    "no question written": "question_prompt",
+    "written question is not about its chunk": "question_prompt, or a higher chunk_size",
+}
+HEADINGS = f"  {'':34} {'least':>8} {'median':>8} {'mean':>8} {'most':>8}"
+
+
+def print_spread(name: str, values: list[float]) -> None:
+    low, middle, high = np.percentile(values, [0, 50, 100])
+    print(f"  {name:34} {low:8.5g} {middle:8.5g} {np.mean(values):8.5g} {high:8.5g}")
+
+
+def print_share(name: str, values: list[bool | None]) -> None:
+    """The share of True among values that are known, which None is not."""
+    known = [value for value in values if value is not None]
+    found = f"{np.mean(known):8.1%} of {len(known)}" if known else "not known"
+    print(f"  {name:34} {found}")
+
+
+def print_reasons(dropped: Counter) -> None:
+    for reason, count in dropped.most_common():
+        print(f"  {count:6d} dropped: {reason}   (to turn: {REASONS.get(reason, 'not known')})")
+
+
+def read_pairs(path: str) -> tuple[list[dict], Counter]:
+    """(rows that are pairs, {reason: how many were dropped}) of a file."""
+    pairs = []
+    dropped = Counter()
+    for number, row in read_lines(path):
+        if "dropped" in row:
+            dropped[row["dropped"]] += 1
+        elif number > 1 or "settings" not in row:
+            for key in ("id", "question", "chunks", "scores", "chosen", "rejected"):
+                if key not in row:
+                    raise BadInput(f"{path}, line {number}: no {key!r}, expected a pair, or an id "
+                                   "and why it was dropped")
+            pairs.append(row)
+    return pairs, dropped
+
+
+# -------------------------------------------------------------------------------------------- stats
+
+def stats(argv: list[str]) -> int:
+    """The table of a pairs' file; with a config its positions', and a picture where matplotlib
+    is."""
+    if not argv:
+        raise BadInput("expected: python -m pairs stats PAIRS [CONFIG] [key=value]")
+    path, *words = argv
+    if words and "=" in words[0]:
+        # No config of our choice stands in: window and positions are not in the file's header.
+        raise BadInput(f"expected a config before {words[0]!r}, as: python -m pairs stats {path} "
+                       f"configs/NAME.py {words[0]}")
+    cfg = load_config(words) if words else None
+    pairs, dropped = read_pairs(path)
+    print(f"{path}: {len(pairs)} pairs of {len(pairs) + sum(dropped.values())} examples")
+    print_reasons(dropped)
+    if not pairs:
+        return 0
+    print(HEADINGS)
+    print_pairs(pairs)
+    print_audits([row["audit"] for row in pairs if "audit" in row])
+    if cfg is None:
+        print(f"  positions: python -m pairs stats {path} CONFIG, the config that trains on them")
+        return 0
+    prompts = [[len(ids) for ids in row["chunks"]] for row in pairs]
+    print_positions(path, cfg, max(prompts, key=sum))
+    return 0
+
+
+def print_pairs(pairs: list[dict]) -> None:
+    """Lengths and scores."""
+    other_scores = [np.mean(sorted(row["scores"])[:-1] or [0]) for row in pairs]
+    rejected_words = []
+    for row in pairs:
+        rejected_words += [len(text.split()) for text in row["rejected"]]
+    print_spread("prompt tokens, chunks only", [sum(map(len, row["chunks"])) for row in pairs])
+    print_spread("words of the chosen", [len(row["chosen"].split()) for row in pairs])
+    print_spread("words of a rejected", rejected_words)
+    print_spread("best score of a chunk", [max(row["scores"]) for row in pairs])
+    print_spread("mean score of the other chunks", other_scores)
+
+
+def print_audits(audits: list[dict]) -> None:
+    """Who has the right answer and who saw it; rejected answers by what their prompt held."""
+    if not audits:
+        return
+    overlaps = []
+    for found in audits:
+        overlaps += found["overlap"]
+    print_spread("words chosen : rejected", [found["length_ratio"] for found in audits])
+    print_spread("words in common with the chosen", overlaps)
+    print_share("chosen has the right answer", [found["chosen_right"] for found in audits])
+    print_share("its prompt held the evidence", [found["chosen_saw_evidence"] for found in audits])
+    for kind in (IRRELEVANT, PARTIAL, NEAR):
+        right, saw, errors = [], [], Counter()
+        for found in audits:
+            for j, held in enumerate(found["evidence"]):
+                if held == kind:
+                    right.append(found["rejected_right"][j])
+                    saw.append(found["rejected_saw_evidence"][j])
+                    errors[found["error"][j]] += 1
+        print(f"  rejected, from {kind} chunks: {len(right)}")
+        print_share("  has the right answer", right)
+        print_share("  its prompt held the evidence", saw)
+        for error, count in errors.most_common():
+            print(f"  {'  ' + error:34} {count / len(right):8.1%}")
+
+
+def print_positions(path: str, cfg: dict, lengths: list[int]) -> None:
+    """How each strategy covers the window, for samples like the longest pair."""
+    window = cfg["window"]
+    tail = max(8, sum(lengths) // 16)  # question and answer, about
+    print(f"  positions of {SAMPLES} samples like the longest pair ({sum(lengths)} tokens in "
+          f"{len(lengths)} chunks), window {window}:")
+    print(f"  {'':12} {'visited':>8}   to uniform: {'all pairs':>10} {'answer to prompt':>17}")
+    found = coverage(lengths, tail, window, cfg["sparse_share"], cfg["draws"])
+    for kind, counts in found.items():
+        here = "   <- this config" if kind == cfg["positions"] else ""
+        visited = np.mean(counts.held > 0)
+        print(f"  {kind:12} {visited:8.1%}   {'':11} {to_uniform(counts.every):10.3f} "
+              f"{to_uniform(counts.answer):17.3f}{here}")
+    image = os.path.splitext(path)[0] + ".positions.png"
+    try:
+        picture(image, cfg, lengths, tail, found)
+    except ImportError:
+        print("  no picture: pip install matplotlib")
+    else:
+        print(f"  {image}")
+
+
+# -------------------------------------------------------------------------------------------- score
+
+def score(argv: list[str]) -> int:
+    """Read, chunk and score a config's whole corpus: how selective it is, how fast, in how much
+    memory."""
+    cfg = load_config(argv)
+    tokenizer = load_tokenizer(cfg["model"], cfg["template"])
+    check_settings(cfg)
+    check_fit(cfg, tokenizer)
+    start = time.time()
+    examples = read_examples(cfg, "train")
+    evaluator = load_evaluator(cfg)
+    indexed = time.time()
+    dropped = Counter()
+    selected = []
+    blocks = missing_blocks({**cfg, "endpoint": ""}, len(examples), set())
+    for block in drafts(cfg, tokenizer, evaluator, examples, blocks):
+        for new in block:
+            if new.dropped:
+                dropped[new.dropped] += 1
+            elif new.selection:
+                selected.append(new)
+    took = time.time() - indexed
+    print(f"{cfg['examples']}: {len(examples)} examples, indexed in {indexed - start:.1f} s, "
+          f"scored in {took:.1f} s ({len(examples) / took:.1f} a second)")
+    print(f"  {len(selected)} with critical and irrelevant chunks")
+    print_reasons(dropped)
+    if selected:
+        print(HEADINGS)
+        print_spread("best score of a chunk", [max(new.row["scores"]) for new in selected])
+        print_spread("critical chunks", [len(new.selection.chosen) for new in selected])
+        print_share("evidence in the critical chunks", [new.saw[0] for new in selected])
+        for kind in (IRRELEVANT, PARTIAL, NEAR):
+            saw = []
+            for new in selected:
+                saw += saw_evidence(new, kind)
+            print_share(f"evidence in {kind} chunks", saw)
+    print_memory()
+    return 0
+
+
+def saw_evidence(new, kind: str) -> Iterable[bool | None]:
+    """Whether a draft's rejected prompts of a kind hold the evidence."""
+    return [saw for saw, held in zip(new.saw[1:], new.selection.evidence) if held == kind]
+
+
+def print_memory() -> None:
+    # ru_maxrss is in KiB.
+    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    largest = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+    print(f"  peak memory {own:.2f} GiB, of the largest worker {largest:.2f} GiB "
+          "(in part the same pages)")
