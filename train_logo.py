@@ -1,442 +1,566 @@
-"""LOGO training, one flat script: set up, recall before, pairs, model, optimizer, loop, export, recall after.
+"""LOGO training: one flat script, to be read from top to bottom.
 
-    torchrun --standalone train_logo.py                                     configs/tiny.py: all of it on a laptop CPU
+    torchrun --standalone train_logo.py                         configs/tiny.py, on a laptop's CPU
     torchrun --standalone --nproc_per_node=8 train_logo.py configs/llama3_8b_80k.py lr=2e-5 steps=50
-    torchrun --standalone --nproc_per_node=8 train_logo.py configs/llama3_8b_80k.py resume=auto     after a kill
+    ... resume=auto                                             the same command, after a kill
 
-Reads a Hugging Face folder and writes, under out/NAME: pairs.jsonl, metrics.jsonl, step_000100/ (to resume),
-result.json, hf/ (the aligned model), adapter/ (LoRA), config.json and source/ (what made it). One process and many
-take the same path.
+    1  settings           configs/default.py < the named file < key=value of the command line
+    2  before             what the model answers now; its own answers become the pairs
+    3  model              masters -> checkpointing -> compile -> FSDP -> weights
+    4  optimizer          AdamW; warm-up, then cosine
+    5  loop               the training step stands between two double lines
+    6  after              the export; what the model answers now
+
+Reads a Hugging Face folder. Writes, under out/NAME: pairs.jsonl, metrics.jsonl, step_000100/ (to
+resume), hf/ (the aligned model), adapter/ (LoRA), result.json, config.json, source/ (what made it).
+One process and many take one path: a step's groups are shared out, and gradient and metrics are
+means over all of them. What guards a run (lock, signals, resuming, damage) stands in guard.py.
 """
-import fcntl
-import glob
-import json
+import gc
 import math
 import os
 import resource
-import shlex
-import shutil
-import signal
-import subprocess
 import sys
 import time
-from datetime import timedelta
+from collections import deque
 from functools import cache
 
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 from torch.distributed.tensor import DTensor
 
-from bench.plan import describe, peak_flops, peak_memory, throughput
-from checkpoint import (find_checkpoint, load_adapter, load_checkpoint, load_pretrained, load_weights, prune, read_adapter,
-                        read_config, save_adapter, save_checkpoint, save_pretrained, sha256, start_lora, together)
-from configs import BadInput, check_settings, default_groups, exit_on_bad_input, load_config, pairs_path, run_folder, write_json
-from data import check_fit, collate, encode_group, load_pairs, split_pairs, step_samples
-from evals.questions import count_right
+import guard
+from checkpoint import (
+    all_gather,
+    find_checkpoint,
+    load_adapter,
+    load_checkpoint,
+    load_pretrained,
+    load_weights,
+    prune,
+    read_config,
+    save_adapter,
+    save_checkpoint,
+    save_pretrained,
+    sha256,
+    start_lora,
+)
+from configs import (
+    BadInput,
+    check_settings,
+    check_training,
+    load_config,
+    pairs_path,
+    run_folder,
+    write_json,
+)
+from data import (
+    Batch,
+    Sample,
+    check_fit,
+    collate,
+    encode_group,
+    load_pairs,
+    split_pairs,
+    step_samples,
+)
 from loss import logo_loss
 from model import Llama, count_parameters, step_flops
-from pairs.build import build_pairs
 from tokenizer import load_tokenizer
 
-# ------------------------------------------------------------------------------------------------------ set up
+# ------------------------------------------------------------------------------------- 1. settings
 
-sys.excepthook = exit_on_bad_input
-cfg = load_config(sys.argv[1:])
-rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+sys.excepthook = guard.on_error
+cfg = load_config(sys.argv[1:])  # each key, its default and its meaning: configs/default.py
+rank = int(os.environ.get("RANK", "0"))
+world = int(os.environ.get("WORLD_SIZE", "1"))
+say = print if rank == 0 else lambda *args, **kwargs: None
+check_settings(cfg)
+check_training(cfg, world)
+if cfg["evals"]:
+    from evals.__main__ import OPTIONS
+    guard.check_evals(cfg["evals"], OPTIONS)
+
 device = torch.device("cpu")
 if torch.cuda.is_available():
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     torch.cuda.set_device(device)
-torch.set_num_threads(cfg["threads"] or max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+torch.set_num_threads(cfg["threads"] or max(1, cores))
+dtype = getattr(torch, cfg["dtype"])  # of the forward pass; what trains is stored in float32
+shard_size = cfg["shard_size"] or world
+
 tokenizer = load_tokenizer(cfg["model"], cfg["template"])
-check_settings(cfg)
 check_fit(cfg, tokenizer)
-per_rank, uneven = divmod(cfg["batch_size"], world)
-if uneven or per_rank % cfg["micro_batch"]:
-    raise BadInput(f"batch_size={cfg['batch_size']} is no multiple of {world} processes x "
-                   f"micro_batch={cfg['micro_batch']}")
-if cfg["held_out"] % world:
-    raise BadInput(f"held_out={cfg['held_out']} is no multiple of {world} processes")
-if world % (shard_size := cfg["shard_size"] or world):
-    raise BadInput(f"shard_size={shard_size} does not divide {world} processes")
-if cfg["offload_activations"] and not cfg["checkpointing"]:
-    raise BadInput("offload_activations=True needs checkpointing=True: only the blocks' inputs go to the host")
-dtype = getattr(torch, cfg["dtype"])
-lora = {"lora_r": cfg["lora_r"], "lora_alpha": cfg["lora_alpha"], "lora_targets": cfg["lora_targets"],
-        "train_also": cfg["train_also"]}
-with torch.device("meta"):  # shapes only; each process will read its own rows of the weights
+lora = {key: cfg[key] for key in ("lora_r", "lora_alpha", "lora_targets", "train_also")}
+with torch.device("meta"):  # shapes only, so that what does not fit is said now; filled in stage 3
     model = Llama(read_config(os.path.join(cfg["model"], "config.json")))
     model.config.extend(cfg["window"], cfg["rope_theta"])
     model.train_only(**lora)
-if cfg["adapter"]:
-    found = read_adapter(cfg["adapter"], model.config)
-    for key in ("lora_r", "lora_alpha"):
-        if found[key] != cfg[key]:
-            raise BadInput(f"{cfg['adapter']}: was made with {key}={found[key]}, this run has {key}={cfg[key]}")
+guard.check_adapter(cfg, model.config)
 
-# Rank 0 may write pairs for hours while the others wait. A lone process needs no rendezvous.
-alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=24), **alone)
-
-
-def leave(code):
-    """End this process, without the interpreter's own end: gloo's threads outlive destroy_process_group, and one that
-    lets go of a tensor while Python is being taken down aborts the process (PyTorch issue 190489)."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
-def on_error(*error):
-    exit_on_bad_input(*error)
-    leave(1)
-
-
-sys.excepthook = on_error  # also in front of what init_process_group has put there
-folder, clock = run_folder(cfg), {"start": time.time()}
-say = print if rank == 0 else lambda *args, **kwargs: None
-
-if rank == 0:
-    try:
-        os.makedirs(folder, exist_ok=True)
-        lock = open(os.path.join(folder, ".lock"), "w")  # a killed torchrun can leave its processes at work
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as e:
-        raise BadInput(f"{folder}: another run is at work here") from e
-    except OSError as e:
-        raise BadInput(f"{folder}: cannot be written ({e.strerror})") from e
-
-# Keys of the groups paths and run may change when a run is resumed.
-FIXED = [key for group in ("build", "train") for key in default_groups()[group]]
+guard.init_processes(device)
+folder = run_folder(cfg)
+lock = guard.lock(folder) if rank == 0 else None
 resumed, state = find_checkpoint(folder, cfg["resume"])
-for key in cfg if resumed else ():
-    if key in FIXED and state["config"].get(key) != cfg[key]:
-        raise BadInput(f"{resumed}: was saved with {key}={state['config'].get(key)!r}, now it is {cfg[key]!r}: "
-                       "resume with the old value, or name another out=")
+if resumed:
+    guard.check_resumable(resumed, state, cfg)
 if rank == 0:
-    os.makedirs(os.path.join(folder, "source"), exist_ok=True)
-    here = os.path.dirname(os.path.abspath(__file__))
-    for path in glob.glob(os.path.join(here, "*.py")) + [os.path.join(here, "configs", "default.py")]:
-        shutil.copy(path, os.path.join(folder, "source"))
-    write_json(cfg, os.path.join(folder, "config.json"))
+    guard.save_source(folder, cfg)
 
+
+# --------------------------------------------------------------- 2. before: questions, then pairs
 
 @cache
-def policy():
-    """The whole model that is trained, as it is before: to write answers. Opened only where answers are missing."""
+def policy() -> Llama:
+    """The model before training, which writes the answers. Opened only where one is missing."""
     return load_pretrained(cfg["model"], dtype, device, cfg["adapter"])
 
 
-def recalls(model, label):
-    """Right answers at each context size: {size: [right, asked]}. model: a function that opens it."""
+def right_answers(open_model, label: str) -> dict[int, tuple[int, int]]:
+    """{context size: (right, asked)} on fresh questions. open_model: a function that gives it."""
     found = {}
-    for size in cfg["fresh_sizes"] if cfg["fresh_questions"] else []:
-        found[size] = right, asked = count_right(model(), tokenizer, cfg, size, rank, world)
-        say(f"right answers {label:24s} context {size:6d}  {right:4d} of {asked:4d}  {right / asked:.3f}", flush=True)
+    if not cfg["fresh_questions"]:
+        return found
+    from evals.questions import count_right
+
+    for size in cfg["fresh_sizes"]:
+        right, asked = count_right(open_model(), tokenizer, cfg, size, rank, world)
+        found[size] = (right, asked)
+        say(f"right answers {label:24s} context {size:6d}  {right:4d} of {asked:4d}  "
+            f"{right / asked:.3f}", flush=True)
     return found
 
 
-def lap(name):
-    """Seconds since the last lap, under a name."""
-    clock[name] = time.time() - clock["start"] - sum(v for k, v in clock.items() if k != "start")
+def lap(name: str) -> None:
+    """Note the seconds since the last lap, or the start, under a name."""
+    seconds[name] = time.time() - started - sum(seconds.values())
 
 
-# ---------------------------------------------------------------------------------------- recall before, pairs
-
+started = time.time()
+seconds = {}
 trained, frozen = count_parameters(model)
-say(f"{cfg['name']}: {cfg['model']}, {trained:,} trained + {frozen:,} frozen parameters, {world} process(es) on "
-    f"{device.type}, window {cfg['window']}, M = {cfg['n_rejected']}", flush=True)
+say(f"{cfg['name']}: {cfg['model']}, {trained:,} trained + {frozen:,} frozen parameters, "
+    f"{world} process(es) on {device.type}, window {cfg['window']}, M = {cfg['n_rejected']}")
+say(f"beta {cfg['beta']}, gamma {cfg['gamma']}, lambda {cfg['sft_weight']}; "
+    f"{cfg['steps']} steps of {cfg['batch_size']} groups, lr {cfg['lr']}", flush=True)
 if resumed:
     before = state["before"]
     say(f"resumed from {resumed}")
 else:
-    before = {"right_answers": recalls(policy, "before")}
-    if cfg["rope_theta"] and before["right_answers"]:  # what the longer base alone does: the control that training has to beat
-        theta, policy().config.rope["rope_theta"] = policy().config.rope["rope_theta"], cfg["rope_theta"]
-        before["right_answers_rope_theta"] = recalls(policy, "before, rope_theta only")
-        policy().config.rope["rope_theta"] = theta
+    from pairs.build import build_pairs
+
+    before = {"right_answers": right_answers(policy, "before")}
+    if cfg["rope_theta"] and cfg["fresh_questions"]:
+        # What the longer base does without training: the control that training has to beat.
+        rope = policy().config.rope
+        own_theta = rope["rope_theta"]
+        rope["rope_theta"] = cfg["rope_theta"]
+        before["right_answers_rope_theta"] = right_answers(policy, "before, rope_theta only")
+        rope["rope_theta"] = own_theta
     lap("questions_before")
     if rank == 0:
         build_pairs(cfg, policy, tokenizer)
     dist.barrier()
     lap("pairs")
 policy.cache_clear()
+
 pairs = load_pairs(pairs_path(cfg), cfg, tokenizer)
 pairs_digest = sha256(pairs_path(cfg))
 if resumed and state["pairs"] != pairs_digest:
-    raise BadInput(f"{pairs_path(cfg)}: not the pairs that {resumed} was trained on (their sha256 differs)")
+    raise BadInput(f"{pairs_path(cfg)}: not the pairs that {resumed} was trained on "
+                   "(their sha256 differs)")
 train, held_out = split_pairs(pairs, cfg["held_out"])
 if not train:
-    raise BadInput(f"{pairs_path(cfg)}: {len(pairs)} pairs, expected more than held_out={cfg['held_out']}")
+    raise BadInput(f"{pairs_path(cfg)}: {len(pairs)} pairs, expected more than "
+                   f"held_out={cfg['held_out']}")
 
-# --------------------------------------------------------------------------------------------- model, optimizer
 
-for p in model.parameters():
-    p.data = p.data.to(torch.float32 if p.requires_grad else dtype)  # masters of what trains; the forward runs in dtype
-model.set_checkpointing(cfg["checkpointing"], cfg["offload_activations"])
-mesh = dist.init_device_mesh(device.type, (world,))
-if shard_size < world:  # shard inside a node, replicate across: gathering stays off the slow wires
-    mesh = dist.init_device_mesh(device.type, (world // shard_size, shard_size), mesh_dim_names=("replicate", "shard"))
-how = {"mesh": mesh, "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32),
-       "offload_policy": CPUOffloadPolicy(device.type == "cuda") if cfg["offload_params"] else OffloadPolicy()}
-for block in model.model.layers:
+# ---------------------------------------------------------------------------- 3. model and sharding
+
+def shard_model(model: Llama, cfg: dict) -> None:
+    """Make a model of shapes one that trains, each process with its share. The order matters."""
+    # Masters first. An update of a bf16 weight is mostly smaller than its last bit, so what trains
+    # is stored in float32, and FSDP casts a copy for the forward. What is frozen needs no master.
+    for p in model.parameters():
+        p.data = p.data.to(torch.float32 if p.requires_grad else dtype)
+
+    # Checkpointing lies inside of what is compiled, and of what FSDP gathers: a block's weights are
+    # then gathered once for its recomputation and its backward.
+    model.set_checkpointing(cfg["checkpointing"], cfg["offload_activations"])
+
+    # Compile block by block, before FSDP, whose hooks stay outside of the graph.
     if cfg["compile"]:
-        block.compile(dynamic=True)
-    fully_shard(block, **how)
-fully_shard(model, **how)  # the root keeps embeddings and head gathered until backward
-model.to_empty(device="cpu" if cfg["offload_params"] else device)
-with torch.no_grad():
-    load_weights(model, cfg["model"])
-    load_adapter(model, cfg["adapter"]) if cfg["adapter"] else start_lora(model, cfg["seed"])
-trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        for block in model.model.layers:
+            block.compile(dynamic=True)  # each batch has another length
+
+    # FSDP, also for one process: there is no second path to keep right.
+    host = CPUOffloadPolicy(device.type == "cuda") if cfg["offload_params"] else OffloadPolicy()
+    how = {
+        "mesh": guard.make_mesh(device.type, world, shard_size),
+        "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32),
+        "offload_policy": host,
+    }
+    for block in model.model.layers:
+        fully_shard(block, **how)
+    # The root keeps embeddings and head gathered until backward: the head is needed at once.
+    fully_shard(model, **how)
+
+    # Only now is there memory, for this process's rows alone, which it reads from the files itself.
+    model.to_empty(device="cpu" if cfg["offload_params"] else device)
+    with torch.no_grad():
+        load_weights(model, cfg["model"])
+        if cfg["adapter"]:
+            load_adapter(model, cfg["adapter"])
+        else:
+            start_lora(model, cfg["seed"])
 
 
-def decays(name, p):
-    """Matrices that multiply. Not norms and biases; not lookup tables; not LoRA's B, which starts at zero."""
-    table = "embed_tokens" in name and not model.config.tie_word_embeddings
-    return p.ndim > 1 and "lora_B" not in name and not table
+shard_model(model, cfg)
 
 
-decayed = [{"params": [p for name, p in trainable.items() if decays(name, p)], "weight_decay": cfg["weight_decay"]},
-           {"params": [p for name, p in trainable.items() if not decays(name, p)], "weight_decay": 0.0}]
-fused = device.type == "cuda"  # on a CPU it saves nothing that shows beside forward and backward
-optimizer = torch.optim.AdamW(decayed, lr=cfg["lr"], betas=(cfg["beta1"], cfg["beta2"]), fused=fused, foreach=not fused)
-if resumed:
-    load_checkpoint(resumed, state, model, optimizer)
+# ------------------------------------------------------------------------------------ 4. optimizer
+
+def make_optimizer(model: Llama, cfg: dict) -> torch.optim.AdamW:
+    """AdamW. Weight decay is for matrices that multiply.
+
+    Not for norms and biases; not for lookup tables, whose rows would shrink where no token comes;
+    not for LoRA's B, which starts at zero.
+    """
+    decayed = []
+    others = []
+    for name, p in model.named_parameters():
+        table = "embed_tokens" in name and not model.config.tie_word_embeddings
+        if not p.requires_grad:
+            continue
+        if p.ndim > 1 and "lora_B" not in name and not table:
+            decayed.append(p)
+        else:
+            others.append(p)
+    groups = [{"params": decayed, "weight_decay": cfg["weight_decay"]},
+              {"params": others, "weight_decay": 0.0}]
+    fused = device.type == "cuda"  # on a CPU it saves nothing that shows
+    return torch.optim.AdamW(groups, lr=cfg["lr"], betas=(cfg["beta1"], cfg["beta2"]),
+                             fused=fused, foreach=not fused)
 
 
-def learning_rate(step):
-    """Linear to lr over the first share `warmup` of the steps, then a cosine to zero."""
+def learning_rate(step: int, cfg: dict) -> float:
+    """Linear up to lr over the first share `warmup` of the steps, then a cosine to zero."""
     warm = math.ceil(cfg["warmup"] * cfg["steps"])
     if step < warm:
         return cfg["lr"] * (step + 1) / warm
-    return cfg["lr"] * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, cfg["steps"] - warm)))
+    angle = math.pi * (step - warm) / max(1, cfg["steps"] - warm)
+    return cfg["lr"] * 0.5 * (1 + math.cos(angle))
 
 
-def pack(samples, source):
-    """(pair index, draw, epoch) triples as one packed batch."""
-    return collate([encode_group(source[i], tokenizer, cfg, draw, epoch) for i, draw, epoch in samples])
+optimizer = make_optimizer(model, cfg)
+skipped = set()  # ids of pairs whose loss or gradient was not finite
+if resumed:
+    load_checkpoint(resumed, state, model, optimizer)
+    for moments in optimizer.state.values():
+        moments["step"].fill_(state["updates"])  # fewer than steps, where one changed nothing
+    skipped.update(state["skipped"])
 
 
-def groups_loss(samples, source):
-    """Loss and metrics of (pair index, draw, epoch) triples: one packed batch, one forward."""
-    batch = pack(samples, source)
-    sums, lengths = model(batch.tokens.to(device), batch.positions.to(device), batch.targets.to(device), batch.segments)
-    logps = (sums / lengths).view(len(samples), -1)  # (N, M + 1) mean log-probs, the chosen first
-    loss, metrics = logo_loss(logps[:, 0], logps[:, 1:], cfg["beta"], cfg["gamma"], cfg["sft_weight"])
-    scored = sum(s.end - s.start for s in batch.segments if s.prefix_end)
-    work = torch.tensor([len(batch.tokens), step_flops(model, batch.segments, scored) / 1e12], device=device)
-    return loss, {"loss": loss.detach(), **metrics, "tokens": work[0], "tflop": work[1]}
+# ----------------------------------------------------------------------------------------- 5. loop
+
+def load_batch(samples: list[Sample], source: list[dict]) -> Batch:
+    """Samples of pairs as one packed batch."""
+    groups = []
+    for pair, draw, epoch in samples:
+        groups.append(encode_group(source[pair], tokenizer, cfg, draw, epoch))
+    return collate(groups)
 
 
-def mean_over_all(parts):
-    """Mean of metric dicts of equally many groups, over micro-batches and processes, as floats."""
-    mean = torch.stack([torch.stack(list(p.values())) for p in parts]).mean(0)
+def share_of(samples: list[Sample], usable: list[Sample]) -> list[tuple[Batch, float]]:
+    """This process's micro-batches of a step, each with its weight: its share of the usable groups.
+
+    All processes make equally many, since each forward and backward is one for all: the weights
+    are gathered from everywhere. Where no usable group is left, another one stands in and counts
+    for nothing.
+    """
+    per_rank = len(samples) // world
+    mine = samples[rank * per_rank:(rank + 1) * per_rank]
+    share = []
+    for i in range(0, per_rank, cfg["micro_batch"]):
+        kept = [sample for sample in mine[i:i + cfg["micro_batch"]] if sample in usable]
+        batch = load_batch(kept or usable[:1], train)
+        share.append((batch, len(kept) / len(usable)))
+    return share
+
+
+def mean_over_all(parts: list[tuple[dict, float]]) -> dict[str, float]:
+    """Weighted mean of metrics over micro-batches and processes; all weights add up to 1."""
+    values = torch.stack([torch.stack(list(metrics.values())) for metrics, _ in parts])
+    weights = torch.tensor([weight for _, weight in parts], device=device)
+    mean = (weights[:, None] * values).sum(0)
     dist.all_reduce(mean)
-    return dict(zip(parts[0], (mean / world).tolist()))
+    return dict(zip(parts[0][0], mean.tolist()))
+
+
+def batch_loss(model: Llama, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The LOGO loss of a packed batch, a mean over its groups, and metrics."""
+    sums, lengths = model(batch.tokens.to(device), batch.positions.to(device),
+                          batch.targets.to(device), batch.segments)
+    logps = (sums / lengths).view(-1, cfg["n_rejected"] + 1)  # (N, M + 1), the chosen first
+    loss, metrics = logo_loss(logps[:, 0], logps[:, 1:], cfg["beta"], cfg["gamma"],
+                              cfg["sft_weight"])
+    return loss, {"loss": loss.detach(), **metrics}
+
+
+# =================================================================================================
+
+def train_step(model, optimizer, share: list[tuple[Batch, float]], lr: float | None) -> dict:
+    """One step over a share of its groups: metrics of the whole. lr None: the gradient alone."""
+    optimizer.zero_grad()
+    parts = []
+    for i, (batch, weight) in enumerate(share):
+        last = i + 1 == len(share)
+        # With LoRA, gradients are few: reduced once a step. Those of all weights, kept unsharded
+        # until the last micro-batch, would be a whole model in float32 on every GPU.
+        model.set_requires_gradient_sync(last or not cfg["lora_r"])
+        loss, metrics = batch_loss(model, batch)
+        # FSDP divides by the number of processes, weight by that of groups in the whole step: the
+        # gradient is the mean over groups, exactly, however they are cut into micro-batches.
+        (loss * (weight * world)).backward()
+        parts.append((metrics, weight))
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg["grad_clip"])
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()
+    metrics = {**mean_over_all(parts), "grad_norm": float(norm), "lr": lr}
+    if lr is not None and is_finite(metrics):
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+    return metrics
+
+# =================================================================================================
+
+
+def is_finite(metrics: dict) -> bool:
+    return math.isfinite(metrics["loss"] + metrics["grad_norm"])
+
+
+def step_without_faults(model, optimizer, step: int) -> dict:
+    """train_step; pairs whose loss or gradient is not finite are left out, from then on.
+
+    Without them the step is done anew, so that it does not matter when their fault was found. Where
+    no other pair is left, or none is at fault alone, the weights stay as they are.
+    """
+    samples = step_samples(len(train), cfg, step)
+    usable = usable_of(samples) or samples
+    share = share_of(samples, usable)
+    metrics = train_step(model, optimizer, share, learning_rate(step, cfg))
+    if is_finite(metrics):
+        return {**metrics, **work_of(model, share)}
+    found = set()
+    for sample in usable:
+        # All processes take the same pair, one after another, so all find the same.
+        alone = [(load_batch([sample], train), 1 / world)]
+        if not is_finite(train_step(model, optimizer, alone, lr=None)):
+            found.add(train[sample.pair]["id"])
+    skipped.update(found)
+    if found and usable_of(samples):
+        metrics = step_without_faults(model, optimizer, step)
+    found.update(metrics.get("skipped", []))
+    return {**work_of(model, share), **metrics, "skipped": sorted(found)}
+
+
+def usable_of(samples: list[Sample]) -> list[Sample]:
+    return [sample for sample in samples if train[sample.pair]["id"] not in skipped]
+
+
+def work_of(model: Llama, share: list[tuple[Batch, float]]) -> dict[str, float]:
+    """Tokens and 1e12 floating-point operations of a step, over all processes."""
+    work = torch.zeros(2, device=device)
+    for batch, _ in share:
+        tflop = step_flops(model, batch.segments, scored_tokens(batch)) / 1e12
+        work += torch.tensor([len(batch.tokens), tflop], device=device)
+    dist.all_reduce(work)
+    return dict(zip(("tokens", "tflop"), work.tolist()))
+
+
+def scored_tokens(batch: Batch) -> int:
+    """Tokens whose logits are made: the answers'."""
+    return sum(segment.end - segment.start for segment in batch.segments if segment.prefix_end)
 
 
 @torch.no_grad()
-def evaluate():
+def evaluate(model: Llama) -> dict[str, float]:
     """Metrics on the held-out pairs, at the positions of their first draw."""
-    mine = [(i, 0, 0) for i in range(rank, len(held_out), world)]
-    parts = [groups_loss([sample], held_out)[1] for sample in mine]
-    model.reshard()  # without a backward nobody else gives the root's gathered parameters back
-    mean = mean_over_all(parts) if parts else {}
-    return {key: value for key, value in mean.items() if key not in ("tokens", "tflop")}
-
-
-def line(step, metrics, extra=""):
-    return (f"step {step:5d}  loss {metrics['loss']:.4f}  accuracy {metrics['rewards/accuracies']:.2f}  "
-            f"margin {metrics['rewards/margins']:+.2f}  chosen {metrics['logps/chosen']:.3f}  "
-            f"rejected {metrics['logps/rejected']:.3f}  nll {metrics['nll']:.3f}{extra}")
-
-
-def estimate():
-    """What rank 0 prints before the first step, from the groups of that step: work, and the peak of memory."""
-    samples, micro = step_samples(len(train), cfg, 0), cfg["micro_batch"]
-    batches = [pack(samples[i:i + micro], train) for i in range(0, len(samples), micro)]
-    largest = max(batches, key=lambda batch: len(batch.tokens))
-    scored = sum(s.end - s.start for s in largest.segments if s.prefix_end)
-    memory = peak_memory(model, cfg, len(largest.tokens), scored, shard_size, accumulating=per_rank > micro)
-    say(describe(trained, frozen, sum(len(batch.tokens) for batch in batches), memory), flush=True)
-
-
-# --------------------------------------------------------------------------------------------------------- loop
-
-def train_step(step):
-    """Forward and backward over this process's share of the step's groups, clip, update. Metrics of the whole step."""
-    everyone = step_samples(len(train), cfg, step)
-    samples = everyone[rank * per_rank:(rank + 1) * per_rank]
     parts = []
-    for i in range(0, per_rank, cfg["micro_batch"]):
-        # LoRA's gradients are reduced once a step; unsharded till then, all weights' would be a whole model in float32
-        model.set_requires_gradient_sync(not cfg["lora_r"] or i + cfg["micro_batch"] >= per_rank)
-        loss, metrics = groups_loss(samples[i:i + cfg["micro_batch"]], train)
-        (loss * cfg["micro_batch"] / per_rank).backward()  # equal shares: exact for any split of the batch
-        parts.append(metrics)
-    norm, metrics = clip(), mean_over_all(parts)
-    if not math.isfinite(norm + metrics["loss"]):
-        raise BadInput(f"step {step + 1}: the loss is {metrics['loss']}, the gradient {norm}; the weights are as "
-                       f"before. Not finite by themselves: ids {offenders(everyone)} of {pairs_path(cfg)}")
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(step)
-    optimizer.step()
-    optimizer.zero_grad()
-    for key in ("tokens", "tflop"):
-        metrics[key] *= cfg["batch_size"] / cfg["micro_batch"]  # of the step
-    return {**metrics, "grad_norm": norm, "lr": learning_rate(step)}
+    for i in range(rank, len(held_out), world):
+        _, metrics = batch_loss(model, load_batch([Sample(i, 0, 0)], held_out))
+        parts.append((metrics, 1 / len(held_out)))
+    model.reshard()  # without a backward nobody else gives the root's gathered parameters back
+    return mean_over_all(parts) if parts else {}
 
 
-def clip():
-    """Clip the gradient, sharded as it is; its norm before."""
-    norm = torch.nn.utils.clip_grad_norm_(list(trainable.values()), cfg["grad_clip"])
-    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+def say_metrics(step: int, metrics: dict, extra: str) -> None:
+    say(f"step {step:5d}  loss {metrics['loss']:.4f}  "
+        f"accuracy {metrics['rewards/accuracies']:.2f}  margin {metrics['rewards/margins']:+6.2f}  "
+        f"chosen {metrics['logps/chosen']:7.3f}  rejected {metrics['logps/rejected']:7.3f}  "
+        f"nll {metrics['nll']:6.3f}{extra}", flush=True)
 
 
-def offenders(samples):
-    """Ids of the pairs whose loss or gradient alone is not finite. All processes take the same one at a time."""
-    found = []
-    model.set_requires_gradient_sync(True)
-    for sample in samples:
-        optimizer.zero_grad()
-        loss, _ = groups_loss([sample], train)
-        loss.backward()
-        if not math.isfinite(clip() + loss.item()):
-            found.append(train[sample[0]]["id"])
-    return found
+def say_estimate(model: Llama) -> None:
+    """What the first step will cost: work, and the peak of memory, from its largest micro-batch."""
+    from bench.plan import describe, peak_memory
+
+    samples = step_samples(len(train), cfg, 0)
+    micro = cfg["micro_batch"]
+    batches = [load_batch(samples[i:i + micro], train) for i in range(0, len(samples), micro)]
+    largest = max(batches, key=lambda batch: len(batch.tokens))
+    memory = peak_memory(model, cfg, len(largest.tokens), scored_tokens(largest), shard_size,
+                         accumulating=len(samples) > micro * world)
+    tokens = sum(len(batch.tokens) for batch in batches)
+    say(describe(trained, frozen, tokens, memory), flush=True)
 
 
-def agreed(signals):
-    """Whether any process has had a signal: all of them stop after the same step."""
-    flag = torch.tensor(len(signals), device=device)
-    dist.all_reduce(flag)
-    return bool(flag)
+def throughput(metrics: dict, seconds_left: float) -> str:
+    """Tokens and TFLOP a second over all processes, their share of the datasheet's, time left."""
+    from bench.plan import peak_flops
+
+    tokens = metrics["tokens"] / metrics["seconds"]
+    tflops = metrics["tflop"] / metrics["seconds"]
+    peak = peak_flops(device)
+    share = f"  MFU {1e12 * tflops / (peak * world):.1%}" if peak else ""
+    minutes, seconds = divmod(round(seconds_left), 60)
+    return (f"  {tokens:,.0f} tokens/s  {tflops:.3g} TFLOP/s{share}"
+            f"  left {minutes // 60}:{minutes % 60:02d}:{seconds:02d}")
 
 
-def save(step):
-    """A checkpoint after so many steps. A disk that is full costs the checkpoint, not the run."""
-    state = {"step": step, "config": cfg, "pairs": pairs_digest, "before": before, "processes": world,
-             "held_out": now if judged == step else None, "torch": torch.__version__}
-    error = save_checkpoint(os.path.join(folder, f"step_{step:06d}"), model, optimizer, state)
-    if not error and rank == 0:
+def report(metrics: dict, first: dict) -> None:
+    """A line of metrics.jsonl; every log_interval steps, and at a fault, a printed sentence."""
+    step = metrics["step"]
+    if rank == 0:
+        guard.append_metrics(folder, metrics)
+    extra = (f"  lr {metrics['lr']:.2e}  |grad| {metrics['grad_norm']:6.2f}"
+             f"  {metrics['seconds']:.2f}s")
+    if recent:  # the first step also warms up, and says nothing about speed
+        pace = sum(recent) / len(recent)
+        extra += throughput(metrics, pace * (cfg["steps"] - step))
+    if "skipped" in metrics:
+        extra += f"  not finite, left out from here on: pairs {metrics['skipped']}"
+    if is_due(step, cfg["log_interval"]) or not recent or "skipped" in metrics:
+        say_metrics(step, metrics, extra)
+    recent.append(metrics["seconds"])
+    if "held_out" in metrics:
+        now = metrics["held_out"]
+        say_metrics(step, now, "  held-out")
+        # Likelihood displacement: the margin grows while the chosen answer is lost as well.
+        if now["logps/chosen"] < first["logps/chosen"] - 0.5:
+            say(f"warning: chosen log-prob fell from {first['logps/chosen']:.3f} to "
+                f"{now['logps/chosen']:.3f}: raise sft_weight or lower lr")
+
+
+def is_due(steps_done: int, interval: int) -> bool:
+    """Every so many steps, and after the last."""
+    return steps_done == cfg["steps"] or interval > 0 and steps_done % interval == 0
+
+
+def save(model, optimizer, metrics: dict, stopped: bool) -> None:
+    """A checkpoint, and its evaluations. A disk that is full costs the checkpoint, not the run."""
+    step = metrics["step"]
+    path = os.path.join(folder, f"step_{step:06d}")
+    error = f"{path}: not written, since no step has changed a weight"
+    if optimizer.state:
+        updates = int(next(iter(optimizer.state.values()))["step"])
+        state = {**origin, "step": step, "updates": updates, "held_out": metrics.get("held_out"),
+                 "skipped": sorted(skipped)}
+        error = save_checkpoint(path, model, optimizer, state)
+    if error and stopped:
+        raise BadInput(error)
+    if error:
+        say(f"warning: {error}: the run goes on without this checkpoint", flush=True)
+        return
+    if rank == 0:
         prune(folder, cfg["keep"])
-    return error
-
-
-def evaluate_checkpoint(step):
-    """The config's commands of eval.py on a checkpoint's model, each in a process of its own. Rank 0; the others wait."""
-    here, name = os.path.dirname(os.path.abspath(__file__)), f"step_{step:06d}"
-    merged = os.path.join(folder, "eval", name, name)
-    work = [[os.path.join(here, "checkpoint.py"), "merge", os.path.join(folder, name), merged]]
-    for command in map(shlex.split, cfg["evals"]):
-        work.append(["-m", "evals", command[0], merged, *command[1:], f"out={os.path.dirname(merged)}"])
-    for script, *args in work:
-        if subprocess.run([sys.executable, script, *args], env={**os.environ, "PYTHONPATH": here}).returncode:
-            say(f"warning: {script} {' '.join(args)} failed: the run goes on", flush=True)
-    shutil.rmtree(merged, ignore_errors=True)
-
-
-def log(metrics):
-    """Append a line to metrics.jsonl; a line that cannot be written whole is taken back."""
-    path = os.path.join(folder, "metrics.jsonl")
-    size = os.path.getsize(path) if os.path.exists(path) else 0
-    try:
-        with open(path, "a", encoding="utf-8") as f:
-            f.write(json.dumps(metrics) + "\n")
-    except OSError as e:
-        os.truncate(path, size)
-        say(f"warning: {path}: step {metrics['step']} is not in it ({e.strerror})", flush=True)
-
-
-def keep_metrics(steps):
-    """Leave the first steps' lines in metrics.jsonl: what an interrupted run did after its checkpoint is done again."""
-    path, kept = os.path.join(folder, "metrics.jsonl"), []
-    if steps and os.path.exists(path):
-        with open(path, encoding="utf-8") as f:
-            kept = [text for text in f if text.endswith("\n") and json.loads(text)["step"] <= steps]
-    with open(path + ".tmp", "w", encoding="utf-8") as f:
-        f.writelines(kept)
-    os.replace(path + ".tmp", path)
+    if cfg["evals"] and not stopped:
+        if rank == 0:
+            guard.evaluate_checkpoint(folder, step, cfg["evals"])
+        dist.barrier()
 
 
 start_step = state["step"] if resumed else 0
+recent = deque(maxlen=20)  # seconds of the last steps
 if rank == 0:
-    keep_metrics(start_step)
-    estimate()
+    guard.keep_metrics(folder, start_step)
+    say_estimate(model)
 if resumed:
-    first, now, judged = before["held_out"], state["held_out"], start_step
+    now = state["held_out"]
 else:
-    before["held_out"] = first = now = evaluate()
-    judged = 0
+    now = evaluate(model)
+    before["held_out"] = now
     if held_out:
-        say(line(0, now, f"  held-out ({len(held_out)} pairs)"), flush=True)
-signals = []
-for number in (signal.SIGTERM, signal.SIGINT):
-    signal.signal(number, lambda number, frame: signals.append(number))
-peak, pace = peak_flops(device), []
+        say_metrics(0, now, f"  held-out ({len(held_out)} pairs)")
+origin = {"config": cfg, "pairs": pairs_digest, "before": before, "processes": world,
+          "torch": torch.__version__}  # what a checkpoint says of the run beside its numbers
+
+stop = guard.StopSignals()
+faults = guard.FaultWatch()
 for step in range(start_step, cfg["steps"]):
-    start = time.time()
-    metrics = {"step": step + 1, **train_step(step)}
-    metrics["seconds"] = time.time() - start
-    pace.append(metrics["seconds"])
-    last = step + 1 == cfg["steps"]
-    if held_out and (last or cfg["eval_interval"] and (step + 1) % cfg["eval_interval"] == 0):
-        now, judged = evaluate(), step + 1
-        metrics["held_out"] = now
-    if rank == 0:
-        log(metrics)
-    if (step + 1) % max(1, cfg["log_interval"]) == 0 or last or step == start_step:
-        left = sum(pace[-20:]) / len(pace[-20:]) * (cfg["steps"] - step - 1)
-        speed = "" if step == start_step else throughput(metrics, peak, world, left)
-        extra = f"  |grad| {metrics['grad_norm']:.2f}  {metrics['seconds']:.2f}s{speed}"
-        say(line(step + 1, metrics, extra), flush=True)
-    if "held_out" in metrics:
-        say(line(step + 1, now, "  held-out"), flush=True)
-        if now["logps/chosen"] < first["logps/chosen"] - 0.5:  # likelihood displacement: margins grow while the answer is lost
-            say(f"warning: chosen log-prob fell from {first['logps/chosen']:.3f} to {now['logps/chosen']:.3f}: "
-                "raise sft_weight or lower lr")
-    stopped = agreed(signals)
-    if stopped or cfg["save_interval"] and (last or (step + 1) % cfg["save_interval"] == 0):
-        error = save(step + 1)
-        if error and stopped:
-            raise BadInput(error)
-        if error:
-            say(f"warning: {error}: the run goes on without this checkpoint", flush=True)
-        if not error and not stopped and rank == 0 and cfg["evals"]:
-            evaluate_checkpoint(step + 1)
-    if stopped and not last:
-        say(f"stopped after step {step + 1}: resume=auto goes on from {folder}/step_{step + 1:06d}", flush=True)
+    begun = time.time()
+    metrics = {"step": step + 1, **step_without_faults(model, optimizer, step)}
+    metrics["seconds"] = time.time() - begun
+    if held_out and is_due(step + 1, cfg["eval_interval"]):
+        metrics["held_out"] = now = evaluate(model)
+    report(metrics, before["held_out"])
+    faults.watch(metrics)
+    stopped = stop.agreed(device)
+    if stopped or cfg["save_interval"] and is_due(step + 1, cfg["save_interval"]):
+        save(model, optimizer, metrics, stopped)
+    if stopped and step + 1 < cfg["steps"]:
+        say(f"stopped after step {step + 1}: resume=auto goes on from "
+            f"{folder}/step_{step + 1:06d}", flush=True)
         dist.destroy_process_group()
-        leave(0)
-for number in (signal.SIGTERM, signal.SIGINT):
-    signal.signal(number, signal.SIG_DFL)
+        guard.leave(0)
+stop.release()
 lap("train")
-used = torch.cuda.max_memory_allocated() if device.type == "cuda" else (
-    1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)  # on a CPU with what malloc keeps for itself
+if device.type == "cuda":
+    used = torch.cuda.max_memory_allocated()
+else:
+    used = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # with what malloc keeps
 say(f"peak memory of this process so far: {used / 2**30:.2f} GiB", flush=True)
 
-# --------------------------------------------------------------------------------------- export, recall after
 
-export = os.path.join(folder, "hf")
-error = None
-try:
-    if cfg["lora_r"]:
-        save_adapter(model, os.path.join(folder, "adapter"), cfg["model"], lora, cfg["model"], write=rank == 0)
-    save_pretrained(model, export, dtype, cfg["model"], write=rank == 0)
-except BadInput as e:  # all processes have to know, or the others end with a traceback about this one
-    error = str(e)
-if error := together(error)[0]:
-    raise BadInput(error)
-del model, optimizer, trainable, decayed
-after = {"right_answers": recalls(cache(lambda: load_pretrained(export, dtype, device)), "after"), "held_out": now}
+# ------------------------------------------------------------------ 6. after: export, questions
+
+def export_model(model: Llama) -> str:
+    """hf/ and, with LoRA, adapter/. All processes gather, one writes, all know if it could not."""
+    export = os.path.join(folder, "hf")
+    error = None
+    try:
+        if cfg["lora_r"]:
+            save_adapter(model, os.path.join(folder, "adapter"), cfg["model"], lora, cfg["model"],
+                         write=rank == 0)
+        save_pretrained(model, export, dtype, cfg["model"], write=rank == 0)
+    except BadInput as e:
+        error = str(e)
+    error = all_gather(error)[0]
+    if error:
+        raise BadInput(error)
+    return export
+
+
+export = export_model(model)
+del model, optimizer
+gc.collect()  # FSDP's hooks and their modules hold each other: without it both models would be here
+aligned = cache(lambda: load_pretrained(export, dtype, device))
+after = {"right_answers": right_answers(aligned, "after"), "held_out": now}
 lap("questions_after")
 if rank == 0:
-    seconds = {name: round(value, 1) for name, value in clock.items() if name != "start"}
-    write_json({"config": cfg, "before": before, "after": after, "pairs": len(pairs), "processes": world,
-                "resumed": resumed, "peak_memory": used, "seconds": seconds, "torch": torch.__version__},
-               os.path.join(folder, "result.json"))
+    seconds = {name: round(value, 1) for name, value in seconds.items()}
+    result = {"config": cfg, "before": before, "after": after, "pairs": len(pairs),
+              "processes": world, "resumed": resumed, "skipped": sorted(skipped),
+              "peak_memory": used, "seconds": seconds, "torch": torch.__version__}
+    write_json(result, os.path.join(folder, "result.json"))
     say(f"{export}: the aligned model; {folder}/result.json: before and after; seconds:", seconds)
 dist.destroy_process_group()
-leave(0)
+guard.leave(0)

@@ -48,7 +48,7 @@ AT_MOST = {
 
 
 class BadInput(ValueError):
-    """Something the user gave is wrong. Its message is one line: where, what was found, expected."""
+    """Something the user gave is wrong. Its message is one line: where, what, what was expected."""
 
 
 def exit_on_bad_input(kind, error, trace) -> None:
@@ -57,7 +57,7 @@ def exit_on_bad_input(kind, error, trace) -> None:
         sys.__excepthook__(kind, error, trace)
         return
     if int(os.environ.get("RANK", 0)) > 0:
-        # Mostly rank 0 has met the same. torchrun then ends this process before it repeats the line.
+        # Mostly rank 0 has met the same: torchrun then ends this process before it repeats that.
         time.sleep(1)
     print(f"error: {error}", file=sys.stderr)
 
@@ -80,9 +80,10 @@ def read_json(path: str) -> dict:
 
 @contextmanager
 def reading(path: str) -> Iterator[None]:
-    """Turn whatever goes wrong while a user's file is read and taken apart into one line that names the file.
+    """Turn whatever goes wrong while a user's file is read and taken apart into one line.
 
-    For shapes alone: a value that would be taken in silence (a size of True, a scale of NaN) needs a check by name.
+    For shapes alone: a value that would be taken in silence (a size of True, a scale of NaN) needs
+    a check by name.
     """
     try:
         yield
@@ -90,7 +91,8 @@ def reading(path: str) -> Iterator[None]:
         raise
     except OSError as e:
         raise BadInput(f"{path}: cannot be read ({e.strerror or e})") from e
-    except (KeyError, IndexError, TypeError, AttributeError, ValueError, OverflowError, RecursionError) as e:
+    except (LookupError, TypeError, AttributeError, ValueError, OverflowError,
+            RecursionError) as e:
         found = " ".join(str(e).split())
         raise BadInput(f"{path}: not as expected ({type(e).__name__}: {found})") from e
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import data
+import guard
 from checkpoint import load_pretrained
 from configs import load_config
 from data import load_pairs
+from loss import logo_loss
 from tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -149,11 +152,15 @@ def corrupt(folder, name, content):
     (lambda d: corrupt(d, "model.safetensors", b"nothing"), "model.safetensors: not a readable safetensors file"),
     (lambda d: f"examples={d}/none.jsonl", "none.jsonl: no such file"),
     (lambda d: "window=100", "lower n_chunks or chunk_size"),
-    (lambda d: "micro_batch=3", "batch_size=8 is no multiple of"),
+    (lambda d: "micro_batch=3", "batch_size is 8, expected a multiple of"),
+    (lambda d: "held_out=40", "held_out is 40, expected less than n_examples=40"),
+    (lambda d: "evals=['nedle']", "evals: 'nedle': unknown command, expected one of"),
+    (lambda d: "evals=['needle\\tlength=[5]']", "unknown key 'length', did you mean 'lengths'?"),
+    (lambda d: "evals=['\"']", "No closing quotation"),
     (lambda d: "lora_r=8 lora_targets=query", "lora_targets='query': expected some of q_proj,"),
     (lambda d: f"lora_r=8 adapter={d}", "adapter_config.json: cannot be read"),
-    (lambda d: "shard_size=3", "shard_size=3 does not divide 1 processes"),
-    (lambda d: "checkpointing=False offload_activations=True", "needs checkpointing=True"),
+    (lambda d: "shard_size=3", "shard_size is 3, expected a divisor of 1 processes"),
+    (lambda d: "checkpointing=False offload_activations=True", "expected False where checkpointing=False"),
     (lambda d: "out=/proc/nowhere", "/proc/nowhere: cannot be written"),
 ])
 def test_bad_input_ends_with_one_line_and_leaves_nothing(tmp_path, case, message):
@@ -163,6 +170,42 @@ def test_bad_input_ends_with_one_line_and_leaves_nothing(tmp_path, case, message
     lines = [line for line in done.stderr.splitlines() if line.strip()]
     assert done.returncode == 1 and len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0], done.stderr
     assert not (tmp_path / "run" / "pairs.jsonl").exists() and not (tmp_path / "run" / "hf").exists()
+
+
+def test_a_file_that_is_no_configuration_ends_with_one_line():
+    done = launch("README.md", processes=0)
+    assert done.returncode == 1 and done.stderr == "error: README.md: expected a Python file, as configs/tiny.py\n"
+
+
+def test_under_torchrun_the_cause_stands_at_both_ends_of_its_report():
+    done = launch("configs/tiny.py", "gama=2", processes=2)
+    first, last = done.stderr.index("unknown key 'gama'"), done.stderr.rindex("unknown key 'gama'")
+    assert done.returncode == 1 and done.stderr.index("error: ") < first
+    assert "this is the cause" in done.stderr and "python train_logo.py" in done.stderr
+    after = done.stderr[last:].splitlines()  # torchrun's report ends with it, on the line before its border
+    assert first < done.stderr.index("FAILED") < last and len(after) == 2 and set(after[1]) == {"="}
+
+
+@pytest.mark.parametrize("when", ["right answers", "pairs"])
+def test_ctrl_c_before_training_is_one_line_and_the_same_command_goes_on(tmp_path, when):
+    words = ("configs/tiny.py", *SMALL, "workers=1", "build_batch=2", f"out={tmp_path}", "fresh_sizes=[104,1000]")
+    going = subprocess.Popen(**command(*words, processes=0), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    path = tmp_path / "pairs.jsonl"
+    while going.poll() is None:
+        if when == "pairs" and path.exists() and len(path.read_text().splitlines()) > 5:
+            break
+        if when != "pairs" and "right answers" in going.stdout.readline():
+            break
+        time.sleep(0.01)
+    going.send_signal(signal.SIGINT)
+    _, err = going.communicate()
+    lines = [line for line in err.splitlines() if not line.startswith("pairs: ")]  # the progress bar's, if any
+    assert going.returncode == 130 and len(lines) == 1 and "the same command goes on" in lines[0], err
+    written = path.read_text().splitlines() if path.exists() else []
+    assert len(written) < 41 and bool(written) == (when == "pairs")
+    done = launch(*words, "fresh_questions=0", processes=0)
+    assert done.returncode == 0, done.stderr
+    assert path.read_text().splitlines()[:len(written)] == written and len(path.read_text().splitlines()) == 41
 
 
 # ------------------------------------------------------------------------------------------------ kill and resume
@@ -343,19 +386,130 @@ def untied(run, folder, change=lambda weights: None):
             f"out={folder / 'run'}")
 
 
-def test_a_group_that_is_not_finite_stops_the_run_by_name(run, tmp_path):
-    """An embedding that is NaN, of a word that only some pairs hold: their ids, and no others, are in the line."""
+# ----------------------------------------------------------------------------------------- pairs at fault
+
+def poison(token, weights):
+    weights["model.embed_tokens.weight"][token].fill_(math.nan)
+
+
+def poisoned(run, folder, holders_wanted):
+    """(arguments of a run, ids): an embedding that is NaN, of a token that so many training pairs hold, these ids, and no
+    held-out one; the first step has one of them."""
+    cfg, tokenizer = load_config(["configs/tiny.py", *SMALL]), load_tokenizer(TINY)
+    train, held_out = data.split_pairs(load_pairs(run.pairs, cfg, tokenizer), cfg["held_out"])
+    first = {train[sample.pair]["id"] for sample in data.step_samples(len(train), cfg, 0)}
     holders = {}
-    for row in load_pairs(run.pairs, load_config([]), load_tokenizer(TINY))[:-4]:
-        for token in {int(t) for chunk in row["chunks"] for t in chunk}:
-            holders.setdefault(token, set()).add(row["id"])
-    token, ids = min(holders.items(), key=lambda item: (len(item[1]) != 2, item[0]))
-    arguments = untied(run, tmp_path, lambda weights: weights["model.embed_tokens.weight"][token].fill_(math.nan))
-    done = launch(*arguments, "steps=40", processes=0)
+    for pair in train + held_out:
+        for token in set(data.encode_group(pair, tokenizer, cfg).tokens.tolist()):
+            holders.setdefault(token, set()).add(pair["id"])
+    seen = {pair["id"] for pair in held_out}
+    for token, ids in sorted(holders.items()):
+        if holders_wanted(ids, len(train) + len(held_out)) and (ids & first) and (len(ids) > 9 or not ids & seen):
+            return untied(run, folder, partial(poison, token)), ids
+    raise AssertionError("no such token")
+
+
+def few(ids, n):
+    return len(ids) in (2, 3)
+
+
+def everybody(ids, n):
+    return len(ids) == n
+
+
+FAULTY = ("steps=16", "save_interval=4", "keep=9")
+
+
+@pytest.fixture(scope="module")
+def faulty(run, tmp_path_factory):
+    """A finished run with some pairs that are not finite: (arguments, ids, folder of the model, of the run)."""
+    folder = tmp_path_factory.mktemp("faulty")
+    arguments, ids = poisoned(run, folder, few)
+    done = launch(*arguments, *FAULTY, "log_interval=100", processes=0)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    return arguments, ids, folder, done.stdout
+
+
+def test_a_pair_that_is_not_finite_is_left_out_by_name_and_the_run_goes_on(faulty):
+    _, ids, folder, out = faulty
+    steps = metrics(folder / "run")
+    found = [i for m in steps for i in m.get("skipped", [])]
+    assert sorted(found) == sorted(ids) and "skipped" in steps[0]  # each pair once, all of them, no others
+    assert all(math.isfinite(m["loss"]) and math.isfinite(m["grad_norm"]) for m in steps)
+    named = [line for line in out.splitlines() if "not finite" in line]
+    assert len(named) == sum("skipped" in m for m in steps) and str(steps[0]["skipped"]) in named[0]
+    states = [json.loads((folder / "run" / f"step_{step:06d}" / "state.json").read_text()) for step in (4, 16)]
+    assert states[1]["skipped"] == sorted(ids) == json.loads((folder / "run" / "result.json").read_text())["skipped"]
+    assert set(states[0]["skipped"]) == {i for m in steps[:4] for i in m.get("skipped", [])}
+
+
+def test_the_steps_other_pairs_count_alike(faulty):
+    """The first step's loss is the mean over the pairs that are left, computed one by one."""
+    _, ids, folder, _ = faulty
+    cfg = json.loads((folder / "run" / "config.json").read_text())
+    tokenizer, model = load_tokenizer(TINY), load_pretrained(folder / "model")
+    model.config.extend(cfg["window"], cfg["rope_theta"])
+    train, _ = data.split_pairs(load_pairs(cfg["pairs"], cfg, tokenizer), cfg["held_out"])
+    losses = []
+    for pair, draw, epoch in data.step_samples(len(train), cfg, 0):
+        if train[pair]["id"] not in ids:
+            group = data.encode_group(train[pair], tokenizer, cfg, draw, epoch)
+            with torch.no_grad():
+                sums, lengths = model(group.tokens, group.positions, group.targets, group.segments)
+            logps = (sums / lengths).view(1, -1)
+            losses.append(float(logo_loss(logps[:, 0], logps[:, 1:], cfg["beta"], cfg["gamma"], cfg["sft_weight"])[0]))
+    assert 4 < len(losses) < 8 and metrics(folder / "run")[0]["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+
+
+@pytest.mark.parametrize("processes, more", [(2, ()), (4, ("micro_batch=1",)), (2, ("micro_batch=1", "lora_r=8"))])
+def test_all_processes_leave_the_same_pairs_out(faulty, tmp_path, processes, more):
+    arguments, ids, folder, _ = faulty
+    done = launch(*arguments, *FAULTY, *more, f"out={tmp_path}", processes=processes)
+    assert done.returncode == 0, done.stderr
+    assert [m.get("skipped") for m in metrics(tmp_path)] == [m.get("skipped") for m in metrics(folder / "run")]
+    if "lora_r=8" not in more:
+        assert losses(tmp_path) == pytest.approx(losses(folder / "run"), abs=2e-4)
+
+
+def test_a_resumed_run_leaves_out_what_its_checkpoint_names(faulty, tmp_path):
+    arguments, ids, folder, _ = faulty
+    again = shutil.copytree(folder / "run", tmp_path / "run")
+    for step in (8, 12, 16):
+        shutil.rmtree(again / f"step_{step:06d}")
+    done = launch(*arguments, *FAULTY, f"out={again}", "resume=auto", processes=0)
+    assert done.returncode == 0 and "step_000004" in done.stdout, done.stderr
+    same_run(folder / "run", again)
+
+
+def test_several_steps_in_a_row_that_are_not_finite_end_the_run_in_one_line(run, tmp_path):
+    """A token that all pairs hold: then it is not the pairs, and no weight has been touched."""
+    arguments, ids = poisoned(run, tmp_path, everybody)
+    done = launch(*arguments, "steps=16", "save_interval=1", processes=0)
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr
-    assert "the weights are as before" in done.stderr
-    named = set(json.loads(done.stderr.split("ids ")[1].split(" of ")[0]))
-    assert named and named <= ids
+    assert "in 3 steps in a row a loss or a gradient was not finite" in done.stderr and len(metrics(tmp_path / "run")) == 3
+    assert done.stdout.count("not written, since no step has changed a weight") == 2
+    assert not list((tmp_path / "run").glob("step_*"))
+
+
+def test_a_step_without_a_usable_pair_changes_nothing_and_resuming_knows_it(faulty, tmp_path):
+    """Steps of one pair: where it is at fault, the weights stay, and AdamW's count of updates falls behind."""
+    arguments, ids, _, _ = faulty
+    words = ("batch_size=1", "micro_batch=1", "steps=12", "save_interval=1", "keep=99")
+    done = launch(*arguments, *words, f"out={tmp_path / 'run'}", processes=0)
+    assert done.returncode == 0, done.stderr
+    steps = metrics(tmp_path / "run")
+    void = [m["step"] for m in steps if "skipped" in m]
+    assert void and len(void) < 4 and all(math.isnan(steps[step - 1]["loss"]) for step in void)
+    for step in [step for step in void if step > 1]:
+        one, other = (load_file(tmp_path / "run" / f"step_{i:06d}" / "shard_0_of_1.safetensors") for i in (step - 1, step))
+        assert all(torch.equal(one[name].nan_to_num(), other[name].nan_to_num()) for name in one)
+    again = shutil.copytree(tmp_path / "run", tmp_path / "again")
+    for step in range(void[0] + 2, 13):
+        shutil.rmtree(again / f"step_{step:06d}")
+    done = launch(*arguments, *words, f"out={again}", "resume=auto", processes=0)
+    assert done.returncode == 0 and f"step_{void[0] + 1:06d}" in done.stdout, done.stderr
+    assert [str(m["loss"]) for m in metrics(again)] == [str(m["loss"]) for m in steps]
+    assert (again / "hf" / "model.safetensors").read_bytes() == (tmp_path / "run" / "hf" / "model.safetensors").read_bytes()
 
 
 def test_weight_decay_shrinks_matrices_and_nothing_else(run, tmp_path):
@@ -421,3 +575,97 @@ def test_an_adapter_goes_on_training_and_a_checkpoint_merges(run, checkpointed, 
         for name in ("model.safetensors", "tokenizer.json"):
             assert (out / name).read_bytes() == (checkpointed / "hf" / name).read_bytes(), (source, name)
         assert json.loads((out / "config.json").read_text()) == json.loads((checkpointed / "hf" / "config.json").read_text())
+
+
+# -------------------------------------------------------------------------------------------- guard.py, and what a run holds
+
+def test_evaluations_never_see_an_older_models_weights(checkpointed, tmp_path, capfd):
+    """A killed run's leftovers go first; where the merge fails nothing is measured, and a warning says so."""
+    folder = shutil.copytree(checkpointed, tmp_path / "run")
+    stale = shutil.copytree(TINY, folder / "eval" / "step_000004" / "step_000004")
+    commands = ["needle lengths=[104] depths=[50] samples=1"]
+    guard.evaluate_checkpoint(str(folder), 4, commands)
+    measured = folder / "eval" / "step_000004" / "needle.json"
+    assert measured.exists() and not stale.exists() and "warning" not in capfd.readouterr().out
+    measured.unlink()
+    shutil.copytree(TINY, stale)
+    truncate(folder / "step_000004" / "state.json")
+    guard.evaluate_checkpoint(str(folder), 4, commands)
+    assert not measured.exists() and not stale.exists() and "merge" in capfd.readouterr().out.split("warning")[1]
+
+
+def test_a_run_evaluates_its_checkpoints(run, tmp_path):
+    words = ("save_interval=4", "evals=['needle lengths=[104] depths=[50] samples=1']", "micro_batch=1")
+    done = launch(*arguments(run, tmp_path, *words), processes=2)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "eval" / "step_000004" / "needle.json").exists() and "warning" not in done.stdout
+
+
+TIMEOUTS = """
+import sys; sys.path.insert(0, sys.argv[1])
+import guard, torch, torch.distributed as dist
+guard.init_processes(torch.device("cpu"))
+mesh = guard.make_mesh("cpu", 4, 2)
+groups = [dist.group.WORLD, *(mesh.get_group(dim) for dim in range(mesh.ndim))]
+if dist.get_rank() == 3:
+    print(mesh.mesh_dim_names, mesh.get_coordinate(), [dist.get_process_group_ranks(group) for group in groups[1:]],
+          {group._get_backend(torch.device("cpu")).options._timeout for group in groups})
+"""
+
+
+def test_no_group_of_a_hybrid_mesh_gives_up_before_the_default_group(tmp_path):
+    script = tmp_path / "timeouts.py"
+    script.write_text(TIMEOUTS)
+    done = launch(str(ROOT), processes=4, script=str(script))
+    assert done.stdout == "('replicate', 'shard') (1, 1) [[1, 3], [2, 3]] {datetime.timedelta(days=1)}\n", done.stderr
+
+
+SPY = """
+import gc, json, runpy, sys
+sys.path.insert(0, sys.argv.pop(1))
+note = sys.argv.pop(1)
+import bench.plan, checkpoint, guard
+from model import Llama
+
+def spied(folder, *args, **kwargs):
+    if str(folder).endswith("hf"):
+        alive = [each for each in gc.get_objects() if isinstance(each, Llama)]
+        json.dump({"alive": len(alive)}, open(note, "w"))
+    return original(folder, *args, **kwargs)
+
+original, checkpoint.load_pretrained = checkpoint.load_pretrained, spied
+bench.plan.peak_flops = lambda device: 1e9
+runpy.run_path("train_logo.py", run_name="__main__")
+"""
+
+
+def test_the_trained_model_is_gone_before_its_export_is_loaded_and_a_step_names_its_speed(run, tmp_path):
+    script, note = tmp_path / "spy.py", tmp_path / "note.json"
+    script.write_text(SPY)
+    words = arguments(run, tmp_path / "run", "fresh_questions=2", "log_interval=1")
+    done = launch(str(ROOT), str(note), *words, processes=0, script=str(script))
+    assert done.returncode == 0, done.stderr
+    assert json.loads(note.read_text()) == {"alive": 0}
+    shown = [line for line in done.stdout.splitlines() if "|grad|" in line]
+    assert len(shown) == 4 and "tokens/s" not in shown[0]
+    for line, m in list(zip(shown, metrics(tmp_path / "run"), strict=True))[1:]:
+        speed, work = m["tokens"] / m["seconds"], m["tflop"] / m["seconds"]  # an imagined device of 1e9 FLOP/s
+        assert f"  {speed:,.0f} tokens/s  {work:.3g} TFLOP/s  MFU {work * 1e5:.1f}%  left 0:00:" in line
+        assert f"  lr {m['lr']:.2e}  " in line
+
+
+LOADED = """
+import os, runpy, sys
+sys.path.insert(0, sys.argv.pop(1))
+import guard
+guard.leave = lambda code: print("loaded", sorted({name.split(".")[0] for name in sys.modules} & {"pairs", "evals"}))
+runpy.run_path("train_logo.py", run_name="__main__")
+"""
+
+
+def test_training_alone_loads_neither_pairs_nor_evaluations(run, checkpointed, tmp_path):
+    folder, script = shutil.copytree(checkpointed, tmp_path / "run"), tmp_path / "loaded.py"
+    script.write_text(LOADED)
+    shutil.rmtree(folder / "step_000004")
+    done = launch(str(ROOT), *arguments(run, folder, "save_interval=2", *LORA, "resume=auto"), processes=0, script=str(script))
+    assert "resumed from" in done.stdout and "loaded []" in done.stdout, done.stdout + done.stderr
