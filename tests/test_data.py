@@ -237,6 +237,13 @@ def test_the_evaluator_keeps_names_numbers_and_uncommon_words():
     assert found == {"beatles", "record", "help", "1965", "3.50", "abbey", "road"}
 
 
+def test_scores_count_the_different_words_that_a_chunk_shares(tokenizer):
+    texts = (" Rosa paints in Naples. Rosa, Rosa!", " Ida sings in Turin.", " Rosa and Ida sing in Naples.")
+    chunks = [tokenizer.encode(text) for text in texts]
+    wanted = data.words_evaluator("Where is it that Rosa paints? In Naples")     # rosa, paints, naples
+    assert data.importance_scores(chunks, wanted, tokenizer, data.words_evaluator) == [3, 0, 2]
+
+
 def test_spacy_is_an_evaluator_and_says_how_to_install_it():
     spacy = pytest.importorskip("spacy")
     with pytest.raises(BadInput, match="spacy_model='en_none' is not installed: python -m spacy download en_none"):
