@@ -98,6 +98,15 @@ def test_continuous_chunks_move_as_a_whole_and_keep_to_their_slots():
         start += length
 
 
+@pytest.mark.parametrize("slack", [0, 1, 5, 6, 7, 888, 1000])
+def test_slots_share_out_all_of_the_slack(slack):
+    found = list(data.slots(LENGTHS, slack))
+    ends = [start + length + room for start, length, room in found]
+    assert [start for start, _, _ in found] == [0, *ends[:-1]] and ends[-1] == sum(LENGTHS) + slack
+    rooms = [room for _, _, room in found]
+    assert max(rooms) - min(rooms) <= 1 and [length for _, length, _ in found] == LENGTHS
+
+
 def test_sparse_chunks_have_strides_and_none_has_no_gaps():
     assert np.diff(place("sparse")[0]).max() > 1 and len(set(np.diff(place("sparse")[0][3:19]))) > 1
     assert (place("none")[0] == np.arange(3 + sum(LENGTHS))).all()
@@ -212,7 +221,8 @@ def test_pairs_that_name_no_document_count_as_one_each():
     pairs = [{"id": 7}, {"id": 8, "document": None}, {"id": 9, "document": 8}, {"id": 10, "document": 7}]
     assert data.split_pairs(pairs, 2) == (pairs[:2], pairs[2:])  # document 7 is not pair 7
     assert data.split_pairs(pairs, 0) == (pairs, [])
-    assert data.split_pairs(pairs, 9) == ([], pairs)             # more than there are: nothing is left to train on
+    for more_than_there_are in (5, 6, 9):
+        assert data.split_pairs(pairs, more_than_there_are) == ([], pairs)  # nothing is left to train on
 
 
 def test_every_sample_comes_once_an_epoch_whatever_the_batch():
@@ -220,6 +230,9 @@ def test_every_sample_comes_once_an_epoch_whatever_the_batch():
     seen = [s for step in range(5) for s in data.step_samples(20, cfg, step)]
     assert len(set(seen)) == 40 and {s[2] for s in seen} == {0}
     assert data.step_samples(20, cfg, 5) != data.step_samples(20, cfg, 0) and data.step_samples(20, cfg, 5)[0][2] == 1
+    later = [s for step in range(5, 10) for s in data.step_samples(20, cfg, step)]
+    orders = [[sample[:2] for sample in epoch] for epoch in (seen, later)]
+    assert sorted(orders[0]) == sorted(orders[1]) and orders[0] != orders[1]  # the same samples, in another order
     assert seen == [s for step in range(10) for s in data.step_samples(20, config("batch_size=4", "draws=2"), step)]
 
 
