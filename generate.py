@@ -25,9 +25,14 @@ Look = Callable[[int, int, Tensor], None]
 
 
 @torch.no_grad()
-def generate(model: Llama, prompts: list[list[int]], max_new_tokens: int,
-             temperature: float = 0.0, top_p: float = 1.0, stop_ids: Sequence[int] = (),
-             generator: torch.Generator | None = None, shared: list[int] | None = None,
+def generate(model: Llama,
+             prompts: list[list[int]],
+             max_new_tokens: int,
+             temperature: float = 0.0,
+             top_p: float = 1.0,
+             stop_ids: Sequence[int] = (),
+             generator: torch.Generator | None = None,
+             shared: list[int] | None = None,
              look: Look | None = None) -> list[list[int]]:
     """Continue each prompt: its new ids, with the stop token where one came.
 
