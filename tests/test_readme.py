@@ -1,6 +1,6 @@
 """README.md and RESULTS.md say what is: commands parse, quick ones run, tables and line numbers are compared.
 
-    python tests/test_readme.py     sets the line numbers of the README's map from equations right
+    python -m tests.test_readme     sets the line numbers of the README's map from equations right
 """
 import importlib
 import json
@@ -14,11 +14,9 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-
 from configs import load_config, with_arguments
 
+ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RESULTS = (ROOT / "RESULTS.md").read_text(encoding="utf-8")
 STAND_INS = {"FILE", "FOLDER", "BASE", "MERGED", "CONFIG", "HOST:29500"}  # what a reader puts something for
@@ -184,7 +182,7 @@ def test_the_map_from_equations_points_at_what_it_names():
         assert file == link and number == anchor
         lines = (ROOT / file).read_text(encoding="utf-8").split("\n")
         now = [i for i, line in enumerate(lines, 1) if text in line]
-        assert text in lines[int(number) - 1], f"{file}:{number} is not {text!r}: lines {now} (python {__file__})"
+        assert text in lines[int(number) - 1], f"{file}:{number} is not {text!r}: lines {now} (python -m tests.test_readme)"
 
 
 def test_every_named_file_and_test_exists():
