@@ -56,15 +56,20 @@ def transformers(s: dict, device: str) -> tuple[Callable, int]:
     longest = max(len(prompt) for prompt in prompts)
     ids = torch.zeros(len(prompts), longest, dtype=torch.int64)
     mask = torch.zeros_like(ids)
-    for i, prompt in enumerate(prompts):
-        ids[i, longest - len(prompt):] = torch.tensor(prompt)
-        mask[i, longest - len(prompt):] = 1
+    for row, prompt in enumerate(prompts):
+        ids[row, -len(prompt):] = torch.tensor(prompt)
+        mask[row, -len(prompt):] = 1
     ids = ids.to(device)
     mask = mask.to(device)
 
     def answers():
-        rows = model.generate(ids, attention_mask=mask, max_new_tokens=s["answer"],
-                              do_sample=False, pad_token_id=0)
+        rows = model.generate(
+            ids,
+            attention_mask=mask,
+            max_new_tokens=s["answer"],
+            do_sample=False,
+            pad_token_id=0,
+        )
         return rows[:, longest:].tolist()
 
     return answers, len(prompts)
@@ -76,30 +81,50 @@ def measure(s: dict) -> dict:
     build = ours if s["way"] == "ours" else transformers
     write, n = build(s, device)
     answers = []
-    took = [seconds(lambda: answers.append(write()), device) for _ in range(2)]
-    return {"answers": answers[-1], "seconds": min(took), "tokens": n * s["answer"]}
+
+    def work():
+        answers.append(write())
+
+    # The first time warms up; on a quiet machine it may be the better one all the same.
+    took = min(seconds(work, device), seconds(work, device))
+    return {"answers": answers[-1], "seconds": took, "tokens": n * s["answer"]}
 
 
 def run(options: dict) -> list[dict]:
-    runs = {way: [] for way in WAYS}
+    """Both ways in turn; printed, and a row for the JSON file."""
+    runs = {"ours": [], "transformers": []}
     for _ in range(options["repeats"]):
         for way in WAYS:
             found = in_new_process({**options, "way": way, "measure": "generate"})
             if "error" in found:
                 raise BadInput(found["error"])
             runs[way].append(found)
-    ratios = []
-    for our, their in zip(runs["ours"], runs["transformers"], strict=True):
-        ratios.append(their["seconds"] / our["seconds"])
-    ratios.sort()
-    same = 0
-    our_answers = runs["ours"][0]["answers"]
-    for our, their in zip(our_answers, runs["transformers"][0]["answers"], strict=True):
-        same += our == their
+    row = compare(runs["ours"], runs["transformers"])
     for way in WAYS:
-        took = statistics.median(found["seconds"] for found in runs[way])
-        print(f"{way:12} {took:8.2f} s   {runs[way][0]['tokens'] / took:8.1f} tokens/s")
-    print(f"transformers takes {statistics.median(ratios):.2f} times as long "
-          f"({ratios[0]:.2f}..{ratios[-1]:.2f}); {same} of {len(our_answers)} answers are the same")
-    took = {way: [found["seconds"] for found in runs[way]] for way in WAYS}
-    return [{"ratios": ratios, "same": same, "of": len(our_answers), "seconds": took}]
+        took = statistics.median(row["seconds"][way])
+        pace = runs[way][0]["tokens"] / took
+        print(f"{way:12} {took:8.2f} s   {pace:8.1f} tokens/s")
+    low, high = row["ratios"][0], row["ratios"][-1]
+    middle = statistics.median(row["ratios"])
+    print(f"transformers takes {middle:.2f} times as long ({low:.2f}..{high:.2f}); "
+          f"{row['same']} of {row['of']} answers are the same")
+    return [row]
+
+
+def compare(ours: list[dict], theirs: list[dict]) -> dict:
+    """Ratios of seconds, sorted, and how many answers of the first runs are the same."""
+    ratios = []
+    for our, their in zip(ours, theirs, strict=True):
+        ratios.append(their["seconds"] / our["seconds"])
+    same = 0
+    for our, their in zip(ours[0]["answers"], theirs[0]["answers"], strict=True):
+        same += our == their
+    return {
+        "ratios": sorted(ratios),
+        "same": same,
+        "of": len(ours[0]["answers"]),
+        "seconds": {
+            "ours": [found["seconds"] for found in ours],
+            "transformers": [found["seconds"] for found in theirs],
+        },
+    }

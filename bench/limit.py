@@ -59,9 +59,10 @@ def matmul_peak(dtype: torch.dtype, device: str) -> float:
     """Best FLOP/s of square matrix products."""
     best = 0.0
     for n in (1024, 2048):
-        a, b = torch.randn(2, n, n, device=device).to(dtype)
-        took = min(seconds(lambda a=a, b=b: a @ b, device) for _ in range(5))
-        best = max(best, 2 * n ** 3 / took)
+        matrix = torch.randn(n, n, device=device).to(dtype)
+        for _ in range(5):
+            took = seconds(lambda x=matrix: x @ x, device)
+            best = max(best, 2 * n ** 3 / took)
     return best
 
 
@@ -85,7 +86,8 @@ def measure(s: dict) -> dict:
     counted = count_flops(step)
     costliest = costliest_operators(step)
 
-    *_, segments = shared_layout(*random_answers(s, model.config.vocab_size))
+    prompt, answers = random_answers(s, model.config.vocab_size)
+    segments = shared_layout(prompt, answers).segments
     scored = (s["M"] + 1) * s["answer"]
     least = step_flops(model, segments, scored)
     # What backward computes again instead of keeping: logits, the scores inside the attention
@@ -95,9 +97,20 @@ def measure(s: dict) -> dict:
     executed = sum(counted.values())
     model.set_checkpointing(False)
     blocks = executed - sum(count_flops(step).values())
-    again = {"logits": logits, "attention scores": kernels // 5, "blocks (checkpointing)": blocks}
-    return {"least": least, "counted": executed, "again": again, "seconds": took, "peaks": peaks,
-            "by_operator": counted, "costliest": costliest}
+    again = {
+        "logits": logits,
+        "attention scores": kernels // 5,  # one of backward's five products
+        "blocks (checkpointing)": blocks,
+    }
+    return {
+        "least": least,
+        "counted": executed,
+        "again": again,
+        "seconds": took,
+        "peaks": peaks,
+        "by_operator": counted,
+        "costliest": costliest,
+    }
 
 
 def costliest_operators(work) -> list[list]:
@@ -115,9 +128,17 @@ def costliest_operators(work) -> list[list]:
 
 
 def run(options: dict) -> list[dict]:
+    """Measure in a process of its own, print both numbers and the costliest operators."""
     found = in_new_process({**options, "measure": "limit"})
     if "error" in found:
         raise BadInput(found["error"])
+    print_work(found)
+    print_pace(found)
+    return [found]
+
+
+def print_work(found: dict) -> None:
+    """FLOPs: the least, what was executed once, and what once more."""
     least = found["least"]
     once = found["counted"] - sum(found["again"].values())
     print(f"least that the step needs  {least / 1e12:8.3f} TFLOP")
@@ -126,14 +147,21 @@ def run(options: dict) -> list[dict]:
     for name, flops in found["again"].items():
         print(f"    {name:22} {flops / 1e12:8.3f} TFLOP   {flops / least:.3f} x")
 
+
+def print_pace(found: dict) -> None:
+    """FLOP/s against those of a plain matrix product; then where the time goes."""
     peak = statistics.median(found["peaks"])
-    print(f"matrix products            {peak / 1e9:8.0f} GFLOP/s at best   "
-          f"({min(found['peaks']) / 1e9:.0f}..{max(found['peaks']) / 1e9:.0f})")
+    low, high = min(found["peaks"]) / 1e9, max(found["peaks"]) / 1e9
+    print(f"matrix products            {peak / 1e9:8.0f} GFLOP/s at best   ({low:.0f}..{high:.0f})")
     took = statistics.median(found["seconds"])
-    spread = f"({min(found['seconds']):.2f}..{max(found['seconds']):.2f})"
-    for name, flops in (("step, least work", least), ("step, executed work", found["counted"])):
-        print(f"{name:26} {flops / took / 1e9:8.0f} GFLOP/s   {flops / took / peak:.0%} of it   "
-              f"{took:.2f} s {spread}")
+    low, high = min(found["seconds"]), max(found["seconds"])
+    works = {
+        "step, least work": found["least"],
+        "step, executed work": found["counted"],
+    }
+    for name, flops in works.items():
+        pace = flops / took
+        print(f"{name:26} {pace / 1e9:8.0f} GFLOP/s   {pace / peak:.0%} of it   "
+              f"{took:.2f} s ({low:.2f}..{high:.2f})")
     for name, cost, share, calls in found["costliest"]:
         print(f"    {name[:52]:52} {cost:8.3f} s  {share:6.1%}  {calls:6d} calls")
-    return [found]

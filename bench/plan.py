@@ -38,21 +38,50 @@ OPTIONS = dict(
 
 # Dense bf16 FLOP/s on the makers' datasheets, by a part of the device's name; the first that fits.
 DATASHEET = {
-    "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H800": 989e12, "H200": 989e12,
-    "B200": 2250e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12, "RTX 4090": 165e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H800": 989e12,
+    "H200": 989e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "L40S": 362e12,
+    "RTX 4090": 165e12,
 }
 
 # What the plan needs of models that are not here: their published config.json.
 SHAPES = {
     "llama3_8b": dict(
-        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
-        num_attention_heads=32, num_key_value_heads=8, head_dim=128, max_position_embeddings=8192),
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=8192,
+    ),
     "llama2_7b": dict(
-        vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
-        num_attention_heads=32, num_key_value_heads=32, head_dim=128, max_position_embeddings=4096),
+        vocab_size=32000,
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=32,
+        head_dim=128,
+        max_position_embeddings=4096,
+    ),
     "mistral_7b": dict(
-        vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
-        num_attention_heads=32, num_key_value_heads=8, head_dim=128, max_position_embeddings=32768),
+        vocab_size=32000,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=32768,
+    ),
 }
 
 
@@ -81,13 +110,44 @@ def block_activations(model: Llama, tokens: int, size: int) -> tuple[int, int]:
     H, K = config.num_attention_heads, config.num_key_value_heads
     wide = config.intermediate_size
     mlp_trains = any(p.requires_grad for p in model.model.layers[0].mlp.parameters())
-    kept = (3 + mlp_trains) * C + (3 * H + 2 * K) * D + (2 + mlp_trains) * wide
+    # A frozen matrix keeps no input for a gradient: norm output and product of the MLP go then.
+    kept_of_norms = (3 + mlp_trains) * C
+    kept_of_heads = (3 * H + 2 * K) * D
+    kept_of_mlp = (2 + mlp_trains) * wide
+    kept = kept_of_norms + kept_of_heads + kept_of_mlp
     beside = 2 * C + 3 * wide
     return tokens * size * kept, tokens * size * beside
 
 
-def peak_memory(model: Llama, cfg: dict, tokens: int, scored: int, shards: int,
-                accumulating: bool = False, naive: bool = False) -> dict[str, float]:
+def block_memory(model: Llama, cfg: dict, tokens: int, scored: int, naive: bool
+                 ) -> tuple[int, int]:
+    """Bytes of each block that wait for its backward, and bytes that one block's backward needs."""
+    size = getattr(torch, cfg["dtype"]).itemsize
+    on_gpu = cfg["dtype"] != "float32"
+    kept, beside = block_activations(model, tokens, size)
+    if on_gpu and not naive:
+        # Flash attention wants a prompt's keys and values once more for each answer to it: this is
+        # what grows with M.
+        rows = tokens + (cfg["n_rejected"] + 1) * (tokens - scored)
+        keys = rows * 2 * model.config.num_key_value_heads * model.config.head_dim * size
+        kept += keys
+        beside += keys
+    if not cfg["checkpointing"]:
+        return kept, beside
+    # With checkpointing a block leaves its input, or nothing, and its forward is made again.
+    of_block = 0 if cfg["offload_activations"] else tokens * model.config.hidden_size * size
+    return of_block, kept + beside
+
+
+def peak_memory(
+    model: Llama,
+    cfg: dict,
+    tokens: int,
+    scored: int,
+    shards: int,
+    accumulating: bool = False,
+    naive: bool = False,
+) -> dict[str, float]:
     """{item: bytes} of one process at its worst moment, with their "total".
 
     tokens, scored: of the largest packed batch. shards: processes that share a copy of the weights.
@@ -104,20 +164,7 @@ def peak_memory(model: Llama, cfg: dict, tokens: int, scored: int, shards: int,
     root_size = trained + frozen - blocks * block_size
     root_trained = trained - blocks * sum(p.numel() for p in block if p.requires_grad)
 
-    kept, beside = block_activations(model, tokens, size)
-    if on_gpu and not naive:
-        # Flash attention wants a prompt's keys and values once more for each answer to it: this
-        # grows with M.
-        rows = tokens + (cfg["n_rejected"] + 1) * (tokens - scored)
-        keys = rows * 2 * model.config.num_key_value_heads * model.config.head_dim * size
-        kept += keys
-        beside += keys
-    if cfg["checkpointing"]:
-        of_block = 0 if cfg["offload_activations"] else tokens * model.config.hidden_size * size
-        working = kept + beside
-    else:
-        of_block = kept
-        working = beside
+    of_block, working = block_memory(model, cfg, tokens, scored, naive)
     # Of a logit: as it comes, its gradient, and in float32 a copy, the softmax and the gradient.
     rows = scored if naive else min(scored, HEAD_CHUNK)
     logits = rows * model.config.vocab_size * (2 * size + 12)
@@ -176,17 +223,32 @@ class Shape(NamedTuple):
     naive: bool = False  # M + 1 full rows instead of the prompt once
 
     def segments(self) -> list[Segment]:
+        """Who sees whom, as the model takes it."""
         P, L = self.prompt, self.answer
-        if self.naive:
-            return [Segment(i * (P + L), (i + 1) * (P + L)) for i in range(self.M + 1)]
-        answers = [Segment(P + i * L, P + (i + 1) * L, 0, P) for i in range(self.M + 1)]
-        return [Segment(0, P), *answers]
+        found = [] if self.naive else [Segment(0, P)]
+        for _ in range(self.M + 1):
+            start = found[-1].end if found else 0
+            if self.naive:
+                found.append(Segment(start, start + P + L))
+            else:
+                found.append(Segment(start, start + L, 0, P))
+        return found
 
     def scored(self) -> int:
         """Tokens whose logits are made: in full rows all of them, as most trainers do."""
         if self.naive:
             return (self.M + 1) * (self.prompt + self.answer)
         return (self.M + 1) * self.answer
+
+
+def flops_by_name(part: str) -> float:
+    """Datasheet FLOP/s of the GPU of this name, else of the first with this in its name."""
+    if part in DATASHEET:
+        return DATASHEET[part]
+    for name, flops in DATASHEET.items():
+        if part in name:
+            return flops
+    raise BadInput(f"gpu={part!r}: expected one of {', '.join(DATASHEET)}")
 
 
 def planned_model(cfg: dict, shape: str) -> Llama:
@@ -237,18 +299,16 @@ def what_fits(model: Llama, cfg: dict, shape: Shape, room: float) -> dict[str, i
     def fits(other: Shape) -> bool:
         return plan_of(model, cfg, other)[2]["total"] <= room
 
-    return {
-        "M": largest(lambda M: fits(shape._replace(M=M)), 1024),
-        "prompt": largest(lambda P: fits(shape._replace(prompt=P)), 1 << 20),
-    }
+    most = largest(lambda M: fits(shape._replace(M=M)), 1024)
+    longest = largest(lambda P: fits(shape._replace(prompt=P)), 1 << 20)
+    return {"M": most, "prompt": longest}
 
 
 def run(options: dict, config: list[str]) -> list[dict]:
     """Both layouts, on one GPU and on all: printed lines, and rows for the JSON file."""
     cfg = load_config(config)
     model = planned_model(cfg, options["shape"])
-    if not any(options["gpu"] in name for name in DATASHEET):
-        raise BadInput(f"gpu={options['gpu']!r}: expected one of {', '.join(DATASHEET)}")
+    flops_by_name(options["gpu"])  # refuses an unknown one before a line is printed
     prompt = options["prompt"] or cfg["n_chunks"] * cfg["chunk_size"]
     M = cfg["n_rejected"]
     trained, frozen = count_parameters(model)
@@ -265,14 +325,16 @@ def run(options: dict, config: list[str]) -> list[dict]:
 
 def plan_row(model: Llama, cfg: dict, shape: Shape, options: dict) -> dict:
     """One layout on so many GPUs, printed."""
-    flops_of_gpu = [flops for name, flops in DATASHEET.items() if options["gpu"] in name][0]
     tokens, flops, memory = plan_of(model, cfg, shape)
     layout = "M + 1 rows" if shape.naive else "shared prompt"
+    peak = shape.shards * flops_by_name(options["gpu"])
+    work = options["samples"] * flops
     hours = {}
+    spelled = []
     for utilisation in options["utilisation"]:
-        pace = shape.shards * flops_of_gpu * utilisation
-        hours[str(utilisation)] = options["samples"] * flops / pace / 3600
-    spelled = [f"{h:.1f} h at {float(u):.0%}" for u, h in hours.items()]
+        took = work / (peak * utilisation) / 3600
+        hours[str(utilisation)] = took
+        spelled.append(f"{took:.1f} h at {utilisation:.0%}")
     print(f"\n{layout}, {shape.shards} x {options['gpu']}: "
           f"{tokens:,} tokens and {flops / 1e15:.3f} PFLOP a sample; "
           f"{options['samples']:,} samples: {', '.join(spelled)}")
@@ -280,10 +342,18 @@ def plan_row(model: Llama, cfg: dict, shape: Shape, options: dict) -> dict:
     print(f"  GB a GPU: {' + '.join(items)} = {memory['total'] / 1e9:.1f}")
     fitting = {}
     for size in options["memory"]:
-        found = what_fits(model, cfg, shape, (size - options["reserved"]) * 1e9)
+        room = (size - options["reserved"]) * 1e9
+        found = what_fits(model, cfg, shape, room)
         most = f"M up to {found['M']}" if found["M"] else "no M"
         longest = f"prompts up to {found['prompt']:,}" if found["prompt"] else "no prompt"
         print(f"  {size} GB: {most} at this prompt; {longest} at M = {shape.M}")
         fitting[size] = found
-    return {"layout": layout, "gpus": shape.shards, "tokens": tokens, "flops": flops,
-            "memory": memory, "hours": hours, "fits": fitting}
+    return {
+        "layout": layout,
+        "gpus": shape.shards,
+        "tokens": tokens,
+        "flops": flops,
+        "memory": memory,
+        "hours": hours,
+        "fits": fitting,
+    }

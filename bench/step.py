@@ -11,11 +11,15 @@ import statistics
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
+from torch.nn import Module
+from torch.optim import Optimizer
 
 from bench.common import MODEL, in_new_process, peak_bytes, seconds, set_up
 from bench.plan import peak_memory
 from checkpoint import load_pretrained, start_lora
 from configs import BadInput
+from data import Batch
 from loss import logo_loss
 from model import IGNORE, Llama, Segment
 
@@ -34,11 +38,12 @@ STEP = dict(beta=2.5, gamma=0.25)  # of the loss; no cost depends on them
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 LORA_ALPHA = 16
 NAN = float("nan")
+GIB = 2 ** 30
 
 
 # ------------------------------------------------------------------------------------------- inputs
 
-def random_answers(s: dict, vocab: int) -> tuple[torch.Tensor, torch.Tensor]:
+def random_answers(s: dict, vocab: int) -> tuple[Tensor, Tensor]:
     """Random tokens of one group: prompt (P,), answers (M + 1, L), the chosen first."""
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(3, vocab, (s["prompt"],), generator=generator)
@@ -46,25 +51,25 @@ def random_answers(s: dict, vocab: int) -> tuple[torch.Tensor, torch.Tensor]:
     return prompt, answers
 
 
-def shared_layout(prompt: torch.Tensor, answers: torch.Tensor
-                  ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[Segment]]:
-    """tokens, positions, targets (T,), segments of the prompt-once layout, as data.encode_group
-    makes them.
-    """
+def shared_layout(prompt: Tensor, answers: Tensor) -> Batch:
+    """The prompt once, as data.encode_group lays a group out, at positions 0, 1, 2, ..."""
     P = len(prompt) - 1  # the last prompt token opens the branches instead
     A, L = answers.shape
     last = prompt[-1:].expand(A, 1)
     branches = torch.cat([last, answers[:, :-1]], dim=1)
     tokens = torch.cat([prompt[:-1], branches.flatten()])
-    positions = torch.cat([torch.arange(P), (P + torch.arange(L)).repeat(A)])
-    targets = torch.cat([torch.full((P,), IGNORE), answers.flatten()])
+    # All answers go on from the prompt, so they sit at the same positions.
+    after = P + torch.arange(L)
+    positions = torch.cat([torch.arange(P), after.repeat(A)])
+    unscored = torch.full((P,), IGNORE)
+    targets = torch.cat([unscored, answers.flatten()])
     segments = [Segment(0, P)]
-    for i in range(A):
-        segments.append(Segment(P + i * L, P + (i + 1) * L, 0, P))
-    return tokens, positions, targets, segments
+    for start in range(P, P + A * L, L):
+        segments.append(Segment(start, start + L, 0, P))
+    return Batch(tokens, positions, targets, segments)
 
 
-def full_rows(prompt: torch.Tensor, answers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def full_rows(prompt: Tensor, answers: Tensor) -> tuple[Tensor, Tensor]:
     """input_ids and labels (M + 1, P + L) of the layout that repeats the prompt."""
     prompts = prompt.expand(len(answers), -1)
     ids = torch.cat([prompts, answers], dim=1)
@@ -72,7 +77,7 @@ def full_rows(prompt: torch.Tensor, answers: torch.Tensor) -> tuple[torch.Tensor
     return ids, labels
 
 
-def mean_logps(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def mean_logps(logits: Tensor, labels: Tensor) -> Tensor:
     """(N,) mean log-prob of each row's labels, from the logits of all its tokens."""
     targets = labels[:, 1:]
     scored = targets != IGNORE
@@ -81,23 +86,24 @@ def mean_logps(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return (logps * scored).sum(1) / scored.sum(1)
 
 
-def loss_of(logps: torch.Tensor) -> torch.Tensor:
+def loss_of(logps: Tensor) -> Tensor:
     """The objective of one group from its M + 1 mean log-probs."""
     return logo_loss(logps[None, 0], logps[None, 1:], **STEP)[0]
 
 
 # ------------------------------------------------------------------------------------ the four ways
 
-Way = tuple[torch.nn.Module, torch.optim.Optimizer, Callable]
+Way = tuple[Module, Optimizer, Callable]
 
 
-def adamw(model: torch.nn.Module) -> torch.optim.AdamW:
+def adamw(model: Module) -> torch.optim.AdamW:
     """An optimizer that does all its work and moves nothing: the loss stays as it is."""
     trained = [p for p in model.parameters() if p.requires_grad]
     return torch.optim.AdamW(trained, lr=0.0)
 
 
 def our_model(s: dict, device: str) -> Llama:
+    """Our model with what s says of LoRA, checkpointing and compiling."""
     model = load_pretrained(s["model"], getattr(torch, s["dtype"]), device)
     model.train_only(s["lora_r"], LORA_ALPHA, ",".join(TARGETS), "")
     if s["lora_r"]:
@@ -110,21 +116,23 @@ def our_model(s: dict, device: str) -> Llama:
 
 
 def ours(s: dict, device: str) -> Way:
+    """This repository's step, as train_logo.py takes it but for FSDP."""
     model = our_model(s, device)
     prompt, answers = random_answers(s, model.config.vocab_size)
-    tokens, positions, targets, segments = shared_layout(prompt, answers)
-    tokens = tokens.to(device)
-    positions = positions.to(device)
-    targets = targets.to(device)
+    batch = shared_layout(prompt, answers)
+    tokens = batch.tokens.to(device)
+    positions = batch.positions.to(device)
+    targets = batch.targets.to(device)
 
     def loss():
-        sums, lengths = model(tokens, positions, targets, segments)
+        sums, lengths = model(tokens, positions, targets, batch.segments)
         return loss_of(sums / lengths)
 
     return model, adamw(model), loss
 
 
 def naive(s: dict, device: str) -> Way:
+    """The same model and loss, without the layout: what the layout is worth by itself."""
     model = our_model(s, device)
     ids, labels = full_rows(*random_answers(s, model.config.vocab_size))
     ids = ids.to(device)
@@ -137,6 +145,7 @@ def naive(s: dict, device: str) -> Way:
 
 
 def hf_model(s: dict, device: str):
+    """transformers' model, in training mode."""
     from transformers import AutoModelForCausalLM
     dtype = getattr(torch, s["dtype"])
     model = AutoModelForCausalLM.from_pretrained(s["model"], dtype=dtype).to(device)
@@ -152,11 +161,17 @@ def lora_config(s: dict):
     if not s["lora_r"]:
         return None
     from peft import LoraConfig
-    return LoraConfig(r=s["lora_r"], lora_alpha=LORA_ALPHA, lora_dropout=0.0,
-                      task_type="CAUSAL_LM", target_modules=TARGETS)
+    return LoraConfig(
+        r=s["lora_r"],
+        lora_alpha=LORA_ALPHA,
+        lora_dropout=0.0,
+        task_type="CAUSAL_LM",
+        target_modules=TARGETS,
+    )
 
 
 def transformers(s: dict, device: str) -> Way:
+    """Full rows on another implementation: the loss has to be the same."""
     model = hf_model(s, device)
     if s["lora_r"]:
         from peft import get_peft_model
@@ -172,6 +187,7 @@ def transformers(s: dict, device: str) -> Way:
 
 
 def trl(s: dict, device: str) -> Way:
+    """TRL's own loss on the same tokens; cpo_alpha 0 leaves SimPO of it."""
     from datasets import Dataset
     from transformers import AutoTokenizer
     from trl.experimental.cpo import CPOConfig, CPOTrainer
@@ -179,19 +195,33 @@ def trl(s: dict, device: str) -> Way:
         vocab = json.load(f)["vocab_size"]
     ids, labels = full_rows(*random_answers(s, vocab))
     batch = {}
-    for i, name in enumerate(("chosen", "rejected")):
-        batch[f"{name}_input_ids"] = ids[i:i + 1].to(device)
-        batch[f"{name}_labels"] = labels[i:i + 1].to(device)
-        batch[f"{name}_attention_mask"] = torch.ones_like(ids[i:i + 1]).to(device)
+    for row, name in enumerate(("chosen", "rejected")):
+        row_ids = ids[row:row + 1].to(device)
+        batch[f"{name}_input_ids"] = row_ids
+        batch[f"{name}_labels"] = labels[row:row + 1].to(device)
+        batch[f"{name}_attention_mask"] = torch.ones_like(row_ids)
     settings = CPOConfig(
-        output_dir="out/bench/trl", loss_type="simpo", cpo_alpha=0.0, beta=STEP["beta"],
-        simpo_gamma=STEP["gamma"], gradient_checkpointing=s["checkpointing"], learning_rate=0.0,
-        bf16=s["dtype"] == "bfloat16", use_cpu=device == "cpu", max_length=None, report_to=[])
+        output_dir="out/bench/trl",
+        loss_type="simpo",
+        cpo_alpha=0.0,
+        beta=STEP["beta"],
+        simpo_gamma=STEP["gamma"],
+        gradient_checkpointing=s["checkpointing"],
+        learning_rate=0.0,
+        bf16=s["dtype"] == "bfloat16",
+        use_cpu=device == "cpu",
+        max_length=None,
+        report_to=[],
+    )
     # The trainer wants a data set to be built; the batch above is what it is measured on.
     unused = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}])
-    trainer = CPOTrainer(hf_model(s, device), settings, train_dataset=unused,
-                         processing_class=AutoTokenizer.from_pretrained(s["model"]),
-                         peft_config=lora_config(s))
+    trainer = CPOTrainer(
+        hf_model(s, device),
+        settings,
+        train_dataset=unused,
+        processing_class=AutoTokenizer.from_pretrained(s["model"]),
+        peft_config=lora_config(s),
+    )
 
     def loss():
         return trainer.compute_loss(trainer.model, batch)
@@ -204,7 +234,7 @@ WAYS = {"ours": ours, "naive": naive, "transformers": transformers, "trl": trl}
 
 # ---------------------------------------------------------------------------------------- measuring
 
-def take_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, loss: Callable) -> float:
+def take_step(model: Module, optimizer: Optimizer, loss: Callable) -> float:
     """Forward, backward, update; the loss."""
     value = loss()
     value.backward()
@@ -213,7 +243,7 @@ def take_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, loss: Ca
     return value.item()
 
 
-def state_bytes(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, int]:
+def state_bytes(model: Module, optimizer: Optimizer) -> tuple[int, int]:
     """(weights and moments, gradients) in bytes."""
     size = sum(p.nbytes for p in model.parameters())
     for state in optimizer.state.values():
@@ -242,7 +272,11 @@ def measure(s: dict) -> dict:
     took = min(seconds(step, device) for _ in range(2))
     state, gradients = state_bytes(model, optimizer)
     found = {
-        "loss": losses[-1], "seconds": took, "peak": peak, "state": state, "gradients": gradients,
+        "loss": losses[-1],
+        "seconds": took,
+        "peak": peak,
+        "state": state,
+        "gradients": gradients,
         "total": state + peak,
         # Gradients reach their full size while activations go: what is beyond state and gradients
         # is the activations' share.
@@ -258,8 +292,14 @@ def expected_peak(model: Llama, s: dict) -> int:
     FSDP.
     """
     scored = (s["M"] + 1) * s["answer"]
-    cfg = {**s, "offload_params": False, "offload_activations": False, "n_rejected": s["M"]}
-    memory = peak_memory(model, cfg, s["prompt"] - 1 + scored, scored, 1)
+    tokens = s["prompt"] - 1 + scored
+    cfg = {
+        **s,
+        "offload_params": False,
+        "offload_activations": False,
+        "n_rejected": s["M"],
+    }
+    memory = peak_memory(model, cfg, tokens, scored, shards=1)
     return memory["total"] - memory["gathered"]
 
 
@@ -273,10 +313,11 @@ def run(options: dict) -> list[dict]:
     print(f"{'prompt':>6} {'answer':>6} {'M':>2}  {'way':12} {'seconds':>8} {'x ours':>7} "
           f"{'(low..high)':>13} {'GiB':>7} {'x ours':>7} {'activations':>11} {'x ours':>7}  loss")
     table = []
-    for P in options["prompt"]:
-        for L in options["answer"]:
+    for prompt in options["prompt"]:
+        for length in options["answer"]:
             for M in options["M"]:
-                table += compare({**options, "prompt": P, "answer": L, "M": M}, ways)
+                shape = {**options, "prompt": prompt, "answer": length, "M": M}
+                table += compare(shape, ways)
     return table
 
 
@@ -284,11 +325,13 @@ def compare(shape: dict, ways: list[str]) -> list[dict]:
     """Rows of one shape, a way each. Repetitions are interleaved."""
     runs = {}
     for way in ways:
-        if way != "trl" or shape["M"] == 1:
-            runs[way] = []
+        if way == "trl" and shape["M"] > 1:
+            continue  # it takes one rejected answer
+        runs[way] = []
     for _ in range(shape["repeats"]):
         for way in runs:
-            runs[way].append(in_new_process({**shape, "way": way, "measure": "step"}))
+            task = {**shape, "way": way, "measure": "step"}
+            runs[way].append(in_new_process(task))
     rows = []
     for way in runs:
         row = summary(way, shape, runs[way], runs.get("ours"))
@@ -309,26 +352,37 @@ def summary(way: str, shape: dict, runs: list[dict], ours: list[dict] | None) ->
             return {**row, "error": run["error"]}
     for key in ("seconds", "total", "activations", "loss"):
         row[key] = statistics.median(run[key] for run in runs)
-    if ours and not any("error" in run for run in ours):
-        # The two of a pair were measured one after the other, so their ratio is better than one of
-        # medians.
-        ratios = [run["seconds"] / our["seconds"] for run, our in zip(runs, ours, strict=True)]
-        row["seconds_ratio"] = [min(ratios), statistics.median(ratios), max(ratios)]
-        for key in ("total", "activations"):
-            row[f"{key}_ratio"] = row[key] / statistics.median(our[key] for our in ours)
+    if not ours or any("error" in run for run in ours):
+        return row
+    # The two of a pair were measured one after the other: their ratio is better than the medians'.
+    ratios = []
+    for run, our in zip(runs, ours, strict=True):
+        ratios.append(run["seconds"] / our["seconds"])
+    row["seconds_ratio"] = [min(ratios), statistics.median(ratios), max(ratios)]
+    for key in ("total", "activations"):
+        row[f"{key}_ratio"] = row[key] / statistics.median(our[key] for our in ours)
     return row
 
 
 def print_row(row: dict) -> None:
+    """One line of the table; nan where there is nothing to compare with."""
     head = f"{row['prompt']:6d} {row['answer']:6d} {row['M']:2d}  {row['way']:12}"
     if "error" in row:
         print(head, row["error"], flush=True)
         return
     low, middle, high = row.get("seconds_ratio", [NAN, NAN, NAN])
-    spread = f"({low:.2f}..{high:.2f})"
+    columns = [
+        head,
+        f"{row['seconds']:8.2f}",
+        f"{middle:7.2f}",
+        f"{f'({low:.2f}..{high:.2f})':>13}",
+        f"{row['total'] / GIB:7.2f}",
+        f"{row.get('total_ratio', NAN):7.2f}",
+        f"{row['activations'] / GIB:11.2f}",
+        f"{row.get('activations_ratio', NAN):7.2f} ",
+        f"{row['loss']:.5f}",
+    ]
     expected = row["runs"][0].get("expected")
-    end = f"  expected {expected / 2**30:.2f} GiB" if expected else ""
-    print(f"{head} {row['seconds']:8.2f} {middle:7.2f} {spread:>13} "
-          f"{row['total'] / 2**30:7.2f} {row.get('total_ratio', NAN):7.2f} "
-          f"{row['activations'] / 2**30:11.2f} {row.get('activations_ratio', NAN):7.2f}  "
-          f"{row['loss']:.5f}{end}", flush=True)
+    if expected:
+        columns.append(f" expected {expected / GIB:.2f} GiB")
+    print(*columns, flush=True)
