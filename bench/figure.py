@@ -103,6 +103,7 @@ def tell(writer: Writer, number: int, example: dict) -> Story | None:
     if right != [True, False, False] or len(set(answers)) < 3:
         return None
 
+    # From here on as in training: a line of the pairs' file, and its group at every draw.
     training = [np.array(chunks[c]) for c in selection.training]
     pair = {
         "id": number,
@@ -187,10 +188,12 @@ def colour_of(story: Story, c: int) -> str:
 def draw_document(ax: Axes, story: Story, y: float) -> None:
     """The chunks, each with its score."""
     width = WIDTH / len(story.scores)
+    x = 0.0
     for c, score in enumerate(story.scores):
-        x = c * width
         box(ax, x, y, width, colour_of(story, c), score)
+        # Its number below it: by that one finds it again in the prompts.
         note(ax, x + width / 2, y - 1.3, str(c), fontsize=6, color=EDGE, ha="center")
+        x += width
 
 
 def draw_prompts(ax: Axes, story: Story, y: float) -> None:
@@ -228,7 +231,7 @@ def draw_stream(ax: Axes, story: Story, y: float) -> None:
     names = ["chosen", "rejected 1", "rejected 2"]
     for i, branch in enumerate(branches):
         first = branch.start * scale
-        width = (branch.end - branch.start) * scale
+        width = branch.length * scale
         box(ax, first, y, width, ANSWERS[i], names[i])
         # Every answer points at the prompt, each at another place only to keep the arrows apart.
         goal = prompt.end * scale * (0.55 - 0.12 * i)
@@ -263,7 +266,7 @@ def draw_one_draw(ax: Axes, story: Story, group: Batch, level: float, scale: flo
     box(ax, first, level, end - first, EDGE, "", 2.1)
     for i, branch in enumerate(branches):
         first = positions[branch.start] * scale
-        width = (branch.end - branch.start) * scale
+        width = branch.length * scale
         # One over the other, since they share their positions.
         box(ax, first, level + 1.4 - 0.7 * i, width, ANSWERS[i], "", 0.7)
 

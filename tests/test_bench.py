@@ -150,6 +150,10 @@ def test_a_way_that_fails_does_not_end_the_others(folder, capsys):
     assert [row["way"] for row in rows] == ["ours", "naive"] and all("float99" in row["error"] for row in rows)
 
 
+def test_a_gpus_own_name_comes_before_a_longer_one():
+    assert plan.flops_by_name("H100") == 989e12 and plan.flops_by_name("PCIe") == 756e12
+
+
 def test_plan_of_an_unknown_model_says_what_it_knows():
     cfg = load_config(["configs/tiny.py", "model=nowhere"]) | {"name": "other"}
     with pytest.raises(BadInput, match="shape= is one of llama3_8b"):
