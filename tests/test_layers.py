@@ -21,7 +21,7 @@ WITHOUT = {"model.py": {"json", "os", "generate", "torch.distributed", "checkpoi
 EXEMPT = {"checkpoint.py", "generate.py", "sample.py", "tokenizer.py", "train_logo.py", "pairs/__main__.py", "pairs/answers.py",
           "pairs/build.py", "pairs/corpus.py", "pairs/look.py", "pairs/policy.py", "evals/__main__.py", "evals/common.py",
           "evals/needle.py", "evals/perplexity.py", "evals/preferences.py", "evals/qa.py", "evals/questions.py",
-          "bench/figure.py", "bench/generate.py", "bench/limit.py", "bench/plan.py", "bench/step.py", "experiments/__init__.py",
+          "experiments/__init__.py",
           "experiments/__main__.py",
           "experiments/base.py", "experiments/lists.py", "experiments/report.py", "experiments/run.py",
           "models/tiny/make.py", "models/tiny/world.py"}
