@@ -412,15 +412,16 @@ def build_pairs(cfg: dict, policy: Callable[[], Llama], tokenizer: Tokenizer) ->
     built, done = read_built(path)
     blocks = missing_blocks(cfg, len(examples), done)
 
-    # A server is only asked for its model where it will be asked for answers: it may be gone by
-    # then.
     source = None
-    endpoint_model = cfg["endpoint_model"] or (built or {}).get("endpoint_model", "")
+    endpoint_model = cfg["endpoint_model"]
     if blocks and cfg["endpoint"]:
         source = Endpoint(cfg, tokenizer)
         endpoint_model = source.model
     elif blocks:
         source = Local(cfg, policy, tokenizer)
+    elif built and cfg["endpoint"] and not endpoint_model:
+        # Nothing will be asked of the server. It may be gone by now, to make room for the training.
+        endpoint_model = built.get("endpoint_model")
     settings = header(cfg, tokenizer, endpoint_model)
     if built is None:
         start_file(path, settings)

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 from checkpoint import load_pretrained
-from configs import BadInput, load_config, run_file
-from data import encode_group, load_pairs, words_evaluator
+from configs import BadInput, default_groups, load_config, run_file
+from data import encode_group, load_pairs, read_header, words_evaluator
 from pairs.answers import is_right, normalize
 from pairs.build import build_pairs, draft, question_in
 from pairs.policy import by_length
@@ -173,8 +173,20 @@ class Server(BaseHTTPRequestHandler):
     def log_message(self, *args):
         pass
 
+    def redirected(self):
+        """Whether the client was sent elsewhere."""
+        self.server.seen.append(self.headers["Authorization"])
+        if not self.server.redirect:
+            return False
+        self.send_response(307)
+        self.send_header("Location", self.server.redirect + self.path)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+        return True
+
     def do_GET(self):
-        self.send(200, json.dumps({"data": [{"id": "tiny"}]}))
+        if not self.redirected():
+            self.send(200, json.dumps({"data": [{"id": self.server.model}]}))
 
     def send(self, code, text):
         self.send_response(code)
@@ -184,6 +196,8 @@ class Server(BaseHTTPRequestHandler):
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.redirected():
+            return
         with self.server.lock:
             self.server.requests.append((self.path, body))
             number = len(self.server.requests)
@@ -220,6 +234,7 @@ def server(monkeypatch):
     served = ThreadingHTTPServer(("127.0.0.1", 0), Server)
     served.requests, served.lock, served.working, served.most, served.delay = [], threading.Lock(), 0, 0, 0.0
     served.fault, served.choice = lambda number, body: None, reader
+    served.model, served.redirect, served.seen = "tiny", None, []
     served.url = f"http://127.0.0.1:{served.server_port}/v1"
     threading.Thread(target=served.serve_forever, daemon=True).start()
     yield served
@@ -397,3 +412,207 @@ def test_a_real_server_with_faults_in_between(tmp_path, real, smollm2_folder, mo
     proxy.shutdown()
     assert len(found["straight"]) == 8 and sum("chosen" in row for row in found["straight"]) >= 4
     assert found["faulty"] == found["straight"] and len(proxy.requests) > 20
+
+
+# ------------------------------------------------------------------------------------ builds that are ended
+
+def start(code, *args, **more):
+    """A Python process that runs some code in the repository, in a process group of its own."""
+    return subprocess.Popen([sys.executable, "-c", code, *map(str, args)], cwd=ROOT, stdout=subprocess.DEVNULL,
+                            stderr=subprocess.PIPE, text=True, start_new_session=True, **more)
+
+
+BUILD = """
+import os, signal, sys, time
+sys.path.insert(0, ".")
+import pairs.build
+from checkpoint import load_pretrained
+from configs import exit_on_bad_input, load_config
+from tokenizer import load_tokenizer
+
+sys.excepthook = exit_on_bad_input
+path, what, *args = sys.argv[1:]
+draft = pairs.build.draft
+
+def disturbed(cfg, tokenizer, evaluator, i, example):
+    if what == "killed" and i == 17:
+        os.kill(os.getpid(), signal.SIGKILL)          # as the kernel does when memory runs out
+    if what == "slow" and i >= 17:
+        time.sleep(60)
+    return draft(cfg, tokenizer, evaluator, i, example)
+
+pairs.build.draft = disturbed
+cfg = load_config(["configs/tiny.py", f"pairs={path}", "n_examples=24", "build_batch=5", "temperature=0.7", "workers=2", *args])
+sys.exit(pairs.build.build_pairs(cfg, lambda: load_pretrained("models/tiny"), load_tokenizer("models/tiny")))
+"""
+
+
+def test_a_killed_worker_ends_the_build_with_one_line(tmp_path):
+    whole, path = tmp_path / "whole.jsonl", tmp_path / "p.jsonl"
+    done = start(BUILD, path, "killed")
+    _, said = done.communicate(timeout=100)                       # it hung for ever
+    assert done.returncode == 1 and said.count("\n") == 1
+    assert said.startswith("error: a worker process was killed") and "the same command goes on" in said and "workers=1" in said
+    for where in (path, whole):
+        assert start(BUILD, where, "").wait(timeout=100) == 0
+    assert path.read_bytes() == whole.read_bytes()
+
+
+def children(pid):
+    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True).stdout
+    return [int(word) for word in found.split()]
+
+
+def wait_for(condition, seconds=60):
+    end = time.time() + seconds
+    while not condition():
+        assert time.time() < end, "waited in vain"
+        time.sleep(0.1)
+
+
+def has_lines(path):
+    return path.exists() and path.read_bytes().count(b"\n") > 5
+
+
+def test_workers_die_with_a_killed_parent(tmp_path):
+    parent = start(BUILD, tmp_path / "p.jsonl", "slow")
+    wait_for(lambda: has_lines(tmp_path / "p.jsonl"))
+    workers = children(parent.pid)
+    assert len(workers) == 2
+    parent.kill()
+    parent.wait()
+    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text().split()[2]
+                             for pid in workers), 10)
+
+
+INTERRUPTED = "import sys; sys.path.insert(0, '.'); import pairs.__main__ as m; sys.exit(m.main(sys.argv[1:]))"
+
+
+def test_ctrl_c_ends_a_build_with_one_line(tmp_path):
+    path, args = tmp_path / "p.jsonl", ("n_examples=2000", "build_batch=5", "workers=2")
+    build = start(INTERRUPTED, ROOT / "configs" / "tiny.py", f"pairs={path}", *args)
+    wait_for(lambda: has_lines(path))
+    os.killpg(build.pid, signal.SIGINT)                           # a terminal sends it to workers as well
+    _, said = build.communicate(timeout=30)
+    assert build.returncode == 130
+    assert said == f"interrupted: what is in {path} stays, the same command goes on\n"
+
+
+def test_ctrl_c_does_not_wait_for_a_server(tmp_path, server):
+    path = tmp_path / "p.jsonl"
+    server.fault = lambda number, body: time.sleep(60) if number > 60 else None
+    build = start(INTERRUPTED, ROOT / "configs" / "tiny.py", f"pairs={path}", "n_examples=60", "endpoint_requests=4",
+                  f"endpoint={server.url}")
+    wait_for(lambda: has_lines(path))
+    wait_for(lambda: len(server.requests) > 61)
+    os.killpg(build.pid, signal.SIGINT)
+    _, said = build.communicate(timeout=30)
+    assert build.returncode == 130 and said.startswith("interrupted: ") and said.count("\n") == 1
+
+
+# ------------------------------------------------------------------------------------------------- the header
+
+def test_the_header_says_what_the_pairs_are_made_by(tmp_path, tokenizer):
+    build(tmp_path / "p.jsonl", examples=2)
+    cfg = config("n_examples=2", "build_batch=5", "temperature=0.7")
+    expected = {key: cfg[key] for key in ("model", "adapter", "examples", "dtype", *default_groups()["build"])}
+    assert read_header(tmp_path / "p.jsonl") == {**expected, "tokenizer": tokenizer.digest}
+
+
+@pytest.mark.parametrize("key, other", [("adapter", "other"), ("dtype", "bfloat16"), ("tokenizer", "0123456789abcdef"), ("model", "other"),
+                                        ("seed", 1), ("endpoint", "http://127.0.0.1:1/v1"), ("endpoint_model", "other")])
+def test_a_file_made_by_anything_else_is_refused_by_its_key(tmp_path, key, other):
+    path = tmp_path / "p.jsonl"
+    first, _, rest = build(path, examples=2).decode().partition("\n")
+    settings = json.loads(first)["settings"]
+    path.write_text(json.dumps({"settings": {**settings, key: other}}) + "\n" + rest)
+    with pytest.raises(BadInput, match=f"p.jsonl: was built with {key}='?{other}'?, now it is "):
+        build(path, examples=2)
+
+
+def test_answers_of_two_models_of_a_server_do_not_mix(tmp_path, server):
+    remote(tmp_path / "p.jsonl", server, examples=5)
+    assert read_header(tmp_path / "p.jsonl")["endpoint_model"] == "tiny"
+    whole = (tmp_path / "p.jsonl").read_bytes()
+    (tmp_path / "p.jsonl").write_bytes(whole[:-1])                # one line is missing, and the server has another model
+    server.model = "another"
+    with pytest.raises(BadInput, match="was built with endpoint_model='tiny', now it is 'another'"):
+        remote(tmp_path / "p.jsonl", server, examples=5)
+    server.model = "tiny"
+    assert remote(tmp_path / "p.jsonl", server, examples=5)[0] == 0
+    assert (tmp_path / "p.jsonl").read_bytes() == whole
+    server.shutdown()
+    server.server_close()                                         # training starts when the server has made room for it
+    assert remote(tmp_path / "p.jsonl", server, examples=5)[0] == 0
+
+
+def test_a_file_that_is_none_of_ours_stays_as_it_is(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.write_text('{"question": "Who?"}\n{"question": "the last line has no end"}')
+    before = path.read_bytes()
+    with pytest.raises(BadInput, match="mine.jsonl: is no file of pairs"):
+        build(path, examples=2)
+    assert path.read_bytes() == before
+    with pytest.raises(BadInput, match="cannot be written"):
+        build(tmp_path, examples=2)
+
+
+def test_what_does_not_fit_the_window_makes_no_pair(tmp_path, tokenizer):
+    source = lines(tmp_path / "r.jsonl", [{"prompt": " Who is Rosa?", "chosen": " Rosa sings." * n, "rejected": [" Ida sings.", " Ida."]}
+                                          for n in (1, 400)])
+    found = rows(build(tmp_path / "p.jsonl", f"examples={source}", examples=0))
+    assert [row.get("dropped") for row in sorted(found, key=lambda row: "dropped" in row)] == [None, "longer than window"]
+    assert len(load_pairs(tmp_path / "p.jsonl", config(), tokenizer)) == 1
+
+
+# ---------------------------------------------------------------------------------------- what a server may do
+
+def test_no_key_goes_to_another_host(tmp_path, server, monkeypatch):
+    """A redirect is an error, of the list of models as of an answer; the other host is never asked."""
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    other = ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    other.requests, other.lock, other.working, other.most, other.delay, other.model = [], threading.Lock(), 0, 0, 0.0, "tiny"
+    other.seen, other.redirect = [], None
+    threading.Thread(target=other.serve_forever, daemon=True).start()
+    server.redirect = f"http://localhost:{other.server_port}"
+    with pytest.raises(BadInput, match="endpoint=.*cannot be used .*30"):
+        remote(tmp_path / "p.jsonl", server, examples=2)
+    failed, found = remote(tmp_path / "q.jsonl", server, "endpoint_model=tiny", examples=2)
+    assert failed == 2 and found == []
+    assert other.requests == other.seen == [] and "Bearer secret" in server.seen
+    other.shutdown()
+    other.server_close()
+
+
+@pytest.mark.parametrize("url", ["file:///etc/passwd", "ftp://127.0.0.1/v1", "127.0.0.1:8000/v1"])
+def test_only_http_is_asked(tmp_path, url):
+    with pytest.raises(BadInput, match="endpoint is .*expected http:// or https://"):
+        build(tmp_path / "p.jsonl", f"endpoint={url}", examples=2)
+
+
+def test_a_missing_client_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with pytest.raises(BadInput, match="pip install openai"):
+        build(tmp_path / "p.jsonl", "endpoint=http://127.0.0.1:1/v1", examples=2)
+
+
+def test_half_a_character_from_a_server_is_written(tmp_path, server, tokenizer):
+    server.choice = lambda body: {"message": {"content": reader(body)["message"]["content"] + "\ud83d"}, "finish_reason": "stop"}
+    failed, found = remote(tmp_path / "p.jsonl", server)
+    assert failed == 0 and any(row.get("chosen", "").endswith("?") for row in found)
+    assert load_pairs(tmp_path / "p.jsonl", config(), tokenizer)
+
+
+def test_a_name_that_is_not_utf8_does_not_cost_the_result(tmp_path):
+    path = os.fsencode(tmp_path) + b"/p\xff.jsonl"
+    done = subprocess.run([sys.executable.encode(), b"-m", b"pairs", b"configs/tiny.py", b"pairs=" + path, b"n_examples=4"],
+                          cwd=ROOT, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"})
+    assert done.returncode == 0 and done.stderr == b"", done.stderr
+    assert done.stdout.startswith(path + b": ") and b" pairs of 4 examples" in done.stdout
+
+
+def test_commands_take_no_other_files_for_configs(tmp_path):
+    path = lines(tmp_path / "mine.jsonl", [{"context": "C", "question": "Q?"}])
+    for args in (["score", path], [path]):
+        done = subprocess.run([sys.executable, "-m", "pairs", *map(str, args)], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 1 and done.stderr.startswith(f"error: {path}: expected a Python file") and done.stderr.count("\n") == 1
