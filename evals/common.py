@@ -1,79 +1,191 @@
-"""What the evaluations share: a model folder that is asked things, intervals, pictures."""
+"""What the evaluations share: a model folder that is asked things, checks of options, tables."""
 import math
 import os
+from collections.abc import Callable
+from functools import cached_property, partial
 
 import torch
 
-from checkpoint import load_pretrained
-from configs import run_file
+from checkpoint import load_pretrained, read_config
+from configs import BadInput, refuse, run_file
 from generate import generate
+from model import Llama
 from pairs.corpus import Corpus
 from tokenizer import load_tokenizer
 
+COMMON = dict(
+    compare="",              # a second model folder, measured in the same way
+    out="out/eval",          # folder of the results
+    dtype="float32",         # or bfloat16
+    threads=0,               # CPU threads; 0: PyTorch's choice
+)
+ASKING = dict(
+    template="auto",         # chat template, as in configs/default.py
+    batch=8,                 # prompts generated together
+    seed=0,                  # of the examples
+)
 
+# look(i, token, tops): of prompt i, a new token, and where each head's arg-max was, (layers, heads)
+Look = Callable[[int, int, torch.Tensor], None]
+
+
+# ------------------------------------------------------------------------------------ options
+
+def check_options(options: dict, at_least_one: tuple[str, ...], lists: tuple[str, ...]) -> None:
+    """What can be said of a command's options before a model is loaded. BadInput names the key."""
+    if options["dtype"] not in ("float32", "bfloat16"):
+        refuse("dtype", options["dtype"], "float32 or bfloat16")
+    if not 0 <= options.get("seed", 0) < 2 ** 63:
+        refuse("seed", options["seed"], "less than 2 ** 63")
+    for key in at_least_one:
+        if options[key] < 1:
+            refuse(key, options[key], "at least 1")
+    for key in lists:
+        check_list(key, options[key])
+
+
+def check_list(key: str, values: list, lowest: int = 1) -> None:
+    """BadInput unless these are one or more different integers from `lowest` on."""
+    whole = all(type(value) is int and value >= lowest for value in values)
+    if not values or not whole or len(set(values)) < len(values):
+        refuse(key, values, f"one or more different integers from {lowest} on, as [{lowest},9]")
+
+
+def check_path(options: dict, key: str) -> None:
+    """BadInput unless the key names a file or folder that is there."""
+    if not options[key]:
+        raise BadInput(f"{key} is empty, expected a file or a folder")
+    if options[key] != "-" and not os.path.exists(options[key]):
+        raise BadInput(f"{key}={options[key]}: no such file or folder")
+
+
+# ----------------------------------------------------------------------------------- subjects
 
 class Subject:
     """A model folder that is asked things."""
 
-    def __init__(self, folder, options):
-        self.name, self.options = os.path.basename(os.path.normpath(folder)), options
+    def __init__(self, folder: str, options: dict):
+        self.folder = folder
+        self.name = os.path.basename(os.path.normpath(folder))
+        self.dtype = getattr(torch, options["dtype"])
+        self.batch = options.get("batch", 1)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.model = load_pretrained(folder, getattr(torch, options["dtype"]), self.device)
-        self.tokenizer = load_tokenizer(folder, options["template"])
+        self.config = read_config(os.path.join(folder, "config.json"))
+        self.tokenizer = load_tokenizer(folder, options.get("template", "auto"))
 
-    def prompt(self, context, head, tail):
-        """(token ids of a user's turn around a context, how many of them do not depend on the tail)."""
+    @cached_property
+    def model(self) -> Llama:
+        """The weights, read when first asked for: all that a user gave is checked by then."""
+        return load_pretrained(self.folder, self.dtype, self.device)
+
+    def prompt(self, context: str, head: str, tail: str) -> tuple[list[int], range]:
+        """(token ids of a user's turn around a context, which of them are the context's)."""
         prefix, suffix, _ = self.tokenizer.chat(head, tail)
-        ids = prefix + self.tokenizer.encode(context)
-        return ids + suffix, len(ids)
+        ids = self.tokenizer.encode(context)
+        return prefix + ids + suffix, range(len(prefix), len(prefix) + len(ids))
 
-    def answers(self, prompts, max_new_tokens, look=None):
-        """Greedy answers to (ids, shared) prompts, in batches of similar lengths; equal contexts are computed once.
-
-        look(i, token, tops): what Llama.generate's look is told, of prompt i.
-        """
-        stops, out = self.tokenizer.chat("", "")[2], [None] * len(prompts)
-        order, size = sorted(range(len(prompts)), key=lambda i: len(prompts[i][0])), self.options["batch"]
-        for some in (order[i:i + size] for i in range(0, len(order), size)):
-            found = generate(self.model, [prompts[i][0] for i in some], max_new_tokens, stop_ids=stops,
-                                        shared=[prompts[i][1] for i in some],
-                                        look=look and (lambda row, *seen, some=some: look(some[row], *seen)))
-            for i, ids in zip(some, found):
-                out[i] = self.tokenizer.decode([t for t in ids if t not in stops])
-        return out
-
-
-def interval(right, asked):
-    """95 % Wilson interval of a share."""
-    z, p = 1.96, right / asked
-    middle, half = p + z * z / (2 * asked), z * math.sqrt(p * (1 - p) / asked + z * z / (4 * asked * asked))
-    return (middle - half) / (1 + z * z / asked), (middle + half) / (1 + z * z / asked)
+    def answers(self, prompts: list[list[int]], shared: list[int], max_new_tokens: int,
+                look: Look | None = None) -> list[str]:
+        """Greedy answers, in the order of the prompts. shared: see generate."""
+        stops = self.tokenizer.chat("", "")[2]
+        # Batches of similar lengths: a row of the cache is as long as its batch's longest.
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        answers = [""] * len(prompts)
+        for start in range(0, len(order), self.batch):
+            numbers = order[start:start + self.batch]
+            look_here = partial(look_in_batch, look, numbers) if look else None
+            found = generate(self.model, [prompts[i] for i in numbers], max_new_tokens,
+                             stop_ids=stops, shared=[shared[i] for i in numbers], look=look_here)
+            for i, ids in zip(numbers, found):
+                answers[i] = self.tokenizer.decode([t for t in ids if t not in stops])
+        return answers
 
 
-def pyplot():
-    """matplotlib, or None where it is not installed."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("no picture: pip install matplotlib")
-        return None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot
-    return matplotlib.pyplot
+def look_in_batch(look: Look, numbers: list[int], row: int, token: int, tops: torch.Tensor
+                  ) -> None:
+    """Tell of a batch's row by its prompt's number."""
+    look(numbers[row], token, tops)
 
 
-def texts(path):
+def subjects_of(folder: str, options: dict) -> list[Subject]:
+    """The model, and the one to compare it with."""
+    subjects = [Subject(folder, options)]
+    if options["compare"]:
+        subjects.append(Subject(options["compare"], options))
+        for subject in subjects:
+            subject.name = os.path.normpath(subject.folder)  # runs end alike: out/a/hf, out/b/hf
+    return subjects
+
+
+# -------------------------------------------------------------------------- characters, tokens
+
+def complete_characters(ids: list[int], n: int, text: str, tokenizer) -> int:
+    """How many characters of text = decode(ids) the first n tokens have said in full."""
+    said = tokenizer.decode(ids[:n])
+    # A last half character shows as U+FFFD, which is where the two stop being equal.
+    return len(os.path.commonprefix([said, text]))
+
+
+def token_span(ids: list[int], start: int, end: int, tokenizer) -> tuple[int, int]:
+    """(first, last + 1) of the tokens that say characters start .. end - 1 of decode(ids).
+
+    Tokens cannot be decoded one by one: alone, a SentencePiece piece loses the space it begins
+    with, and a byte-level token may be half a character. What the first n say is sure, and grows
+    with n, so that a bisection finds the place in some log2(len(ids)) decodings.
+    """
+    text = tokenizer.decode(ids)
+    first = tokens_until(ids, start, text, tokenizer)
+    if tokenizer.decode(ids[:first]) != text[:start]:
+        first -= 1   # this token says what lies before and the beginning of what is asked for
+    return first, tokens_until(ids, end, text, tokenizer)
+
+
+def tokens_until(ids: list[int], characters: int, text: str, tokenizer) -> int:
+    """The fewest tokens that say so many characters in full."""
+    low = 0
+    high = len(ids)
+    while low < high:
+        middle = (low + high) // 2
+        if complete_characters(ids, middle, text, tokenizer) < characters:
+            low = middle + 1
+        else:
+            high = middle
+    return low
+
+
+# -------------------------------------------------------------------------- texts and tables
+
+def texts(path: str) -> list[str]:
     """The texts of .txt files, of a folder, or of a corpus of documents."""
     if path.endswith(".py"):
         return [example["context"] for example in run_file(path).examples(8, 4096, 0)]
     corpus = Corpus(path, {"strict": True, "questions": 1})
-    found = [corpus[i] for i in range(len(corpus))]
-    return [example.get("text") or example.get("context") for example in found]
+    found = []
+    for i in range(len(corpus)):
+        example = corpus[i]
+        text = example.get("text") or example.get("context")
+        if not isinstance(text, str):
+            raise BadInput(f"{path}, example {i}: found no text, expected documents")
+        found.append(text)
+    return found
 
 
-def save_picture(figure, plt, name, options):
-    os.makedirs(options["out"], exist_ok=True)
-    path = os.path.join(options["out"], f"{name}.png")
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
-    print(path)
+def interval(right: float, asked: int) -> tuple[float, float]:
+    """95 % Wilson interval of a share."""
+    z = 1.96
+    p = right / asked
+    scale = 1 + z * z / asked
+    middle = p + z * z / (2 * asked)
+    half = z * math.sqrt(p * (1 - p) / asked + z * z / (4 * asked * asked))
+    return (middle - half) / scale, (middle + half) / scale
+
+
+def share(right: float, asked: int) -> str:
+    """A share as a table shows it, with its interval."""
+    low, high = interval(right, asked)
+    return f"{right / asked:.3f} ({low:.3f}..{high:.3f}) of {asked}"
+
+
+def print_row(model: str, *cells: str) -> None:
+    """A line of a table: whose it is, then cells that are formatted to be as wide in each line."""
+    print("   ".join([f"{model:20}", *cells]), flush=True)

@@ -1,195 +1,258 @@
-"""Needles: facts hidden in long contexts, by length and depth; and which attention heads copied them."""
+"""Needles: facts hidden in long contexts, by length and depth, as in RULER (arXiv 2404.06654).
+
+A context is filled with sentences of a haystack. One fact, the needle, lies at a given depth; what
+else there is to find, or to be confused with, lies anywhere. retrieval=True also tells which
+attention heads copied the answer from the needle (evals/heads.py).
+"""
 import random
+from typing import NamedTuple
 
 import numpy as np
-import torch
 
-from configs import BadInput, run_file
-from evals.common import interval, pyplot, save_picture, texts
+from configs import BadInput, refuse, run_file
+from evals.common import (ASKING, COMMON, Subject, check_list, check_options, check_path,
+                          print_row, share, texts)
+from evals.heads import RetrievalScores, draw_heads
+from evals.pictures import heat_map, save_panels, write_numbers
 from pairs.answers import is_right
 
-ADJECTIVES = "amber bold calm dusty eager faint gentle hollow icy jolly keen lively mellow noble plain quiet rapid silent tall vivid".split()
-NOUNS = "anchor basket candle dragon engine falcon garden harbor island jacket kettle ladder magnet needle orchid pencil quilt river saddle temple".split()
-NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.".split(". ")
+OPTIONS = dict(
+    **COMMON,
+    **ASKING,
+    tasks="single",          # of TASKS, comma-separated
+    lengths=[512, 1024, 2048, 4096],  # tokens of the context
+    depths=[0, 25, 50, 75, 100],      # where the needle lies, in per cent of the context
+    samples=4,               # in each cell
+    haystack="",             # texts to hide in; empty: generated; a .py: its needle(...) makes all
+    prompt_tail="",          # around the question; empty: the task's own
+    max_new_tokens=40,       # of an answer
+    window=0,                # mark this window in the picture; 0: the first model's own
+    retrieval=False,         # also which attention heads copied (App. B, Eq. 5)
+)
+TASKS = ("single", "multikey", "multivalue", "multiquery", "variables")
+
+ADJECTIVES = """amber bold calm dusty eager faint gentle hollow icy jolly keen lively mellow noble
+plain quiet rapid silent tall vivid""".split()
+NOUNS = """anchor basket candle dragon engine falcon garden harbor island jacket kettle ladder magnet
+needle orchid pencil quilt river saddle temple""".split()
+NOISE = ["The grass is green.", "The sky is blue.", "The sun is yellow.", "Here we go.",
+         "There and back again."]
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
-def sentences_of(path):
-    """Sentences of the haystack, one after another."""
-    if not path:
-        return [sentence.rstrip(".") + "." for sentence in NOISE]
-    found = [s.strip() for text in texts(path) for s in text.replace("\n", " ").replace("? ", "?|").replace(". ", ".|").split("|")]
-    return [s for s in found if s]
+def check(options: dict) -> None:
+    check_options(options, ("batch", "samples", "max_new_tokens"), ("lengths",))
+    check_list("depths", options["depths"], lowest=0)
+    if max(options["depths"]) > 100:
+        refuse("depths", options["depths"], "per cent, at most 100")
+    unknown = set(tasks_of(options)) - set(TASKS)
+    if unknown:
+        raise BadInput(f"tasks: expected some of {', '.join(TASKS)}, found {', '.join(unknown)}")
+    if options["haystack"]:
+        check_path(options, "haystack")
 
 
-def needles(task, rng):
-    """(needle sentences, the first of them where the depth says; question; answers that all have to be given). As in RULER."""
+def tasks_of(options: dict) -> list[str]:
+    return [task.strip() for task in options["tasks"].split(",")]
+
+
+# ------------------------------------------------------------------------------------ needles
+
+class Example(NamedTuple):
+    """One context that something is hidden in."""
+    context: str
+    question: str
+    answers: list[str]   # all of them have to be given
+    needle: str          # the sentence whose place the depth says
+
+
+def make_facts(task: str, rng: random.Random) -> tuple[list[str], str, list[str]]:
+    """(sentences to hide, the first at the depth; the question; its answers) of one of TASKS."""
     keys = [f"{rng.choice(ADJECTIVES)}-{noun}" for noun in rng.sample(NOUNS, 4)]
     values = [str(rng.randrange(1_000_000, 10_000_000)) for _ in range(4)]
-    fact = "One of the special magic numbers for {} is: {}.".format
     if task == "variables":
-        names = ["".join(rng.choices("ABCDEFGHIJKLMNOPQRSTUVWXYZ", k=5)) for _ in range(4)]
-        chain = [f"VAR {names[0]} = {values[0]}."] + [f"VAR {b} = VAR {a}." for a, b in zip(names, names[1:])]
-        return chain, f"Find all variables that are assigned the value {values[0]} in the text above.", names
+        names = ["".join(rng.choices(LETTERS, k=5)) for _ in range(4)]
+        chain = [f"VAR {names[0]} = {values[0]}."]
+        for before, name in zip(names, names[1:]):
+            chain.append(f"VAR {name} = VAR {before}.")
+        question = f"Find all variables that are assigned the value {values[0]} in the text above."
+        return chain, question, names
     if task == "multivalue":
-        return [fact(keys[0], v) for v in values], f"What are all the special magic numbers for {keys[0]} mentioned in the text above?", values
+        facts = [magic_number(keys[0], value) for value in values]
+        return facts, ask_for_numbers(keys[0]), values
+    facts = [magic_number(key, value) for key, value in zip(keys, values)]
     if task == "multiquery":
-        asked = ", ".join(keys)
-        return [fact(*kv) for kv in zip(keys, values)], f"What are all the special magic numbers for {asked} mentioned in the text above?", values
-    others = [fact(*kv) for kv in zip(keys[1:], values[1:])] if task == "multikey" else []
-    return [fact(keys[0], values[0]), *others], f"What is the special magic number for {keys[0]} mentioned in the text above?", values[:1]
+        return facts, ask_for_numbers(", ".join(keys)), values
+    if task == "single":
+        facts = facts[:1]
+    question = f"What is the special magic number for {keys[0]} mentioned in the text above?"
+    return facts, question, values[:1]
 
 
-def hide(needle, hay, size, depth, tokenizer, rng):
-    """A context of some `size` tokens: consecutive sentences of the hay, needle[0] at depth per cent, the others anywhere."""
-    left = size - sum(len(tokenizer.encode(" " + s)) for s in needle)
-    at, sentences = rng.randrange(len(hay)), []
+def magic_number(key: str, value: str) -> str:
+    return f"One of the special magic numbers for {key} is: {value}."
+
+
+def ask_for_numbers(keys: str) -> str:
+    return f"What are all the special magic numbers for {keys} mentioned in the text above?"
+
+
+def sentences_of(path: str) -> list[str]:
+    """Sentences of the haystack, one after another."""
+    if not path:
+        return NOISE
+    found = []
+    for text in texts(path):
+        marked = text.replace("\n", " ").replace("? ", "?|").replace(". ", ".|")
+        found += [sentence.strip() for sentence in marked.split("|")]
+    return [sentence for sentence in found if sentence]
+
+
+def hide(facts: list[str], hay: list[str], size: int, depth: int, tokenizer,
+         rng: random.Random) -> str:
+    """A context of some `size` tokens: facts[0] at depth per cent of it, the others anywhere."""
+    left = size
+    for fact in facts:
+        left -= len(tokenizer.encode(" " + fact))
+    sentences = []
+    start = rng.randrange(len(hay))
     while left > 0:
-        sentence = hay[(at + len(sentences)) % len(hay)]
+        sentence = hay[(start + len(sentences)) % len(hay)]
         left -= len(tokenizer.encode(" " + sentence))
         sentences.append(sentence)
-    places = sorted(rng.randrange(len(sentences) + 1) for _ in needle[1:])
-    if "VAR " in needle[0]:  # a chain keeps its order
+
+    places = sorted(rng.randrange(len(sentences) + 1) for _ in facts[1:])
+    if facts[0].startswith("VAR "):
+        # A variable is assigned before it is used: the chain keeps its order, wherever it lies.
         places = sorted([round(depth / 100 * len(sentences)), *places])
-        for place, sentence in sorted(zip(places, needle), key=lambda x: -x[0]):
-            sentences.insert(place, sentence)
-        return " ".join(sentences)
-    for place, sentence in zip(reversed(places), needle[1:]):
-        sentences.insert(place, sentence)
-    sentences.insert(round(depth / 100 * len(sentences)), needle[0])
+        insert_from_the_end(sentences, places, facts)
+    else:
+        # The needle comes last: its depth counts the other facts as well.
+        insert_from_the_end(sentences, places, facts[:0:-1])
+        sentences.insert(round(depth / 100 * len(sentences)), facts[0])
     return " ".join(sentences)
 
 
-def needle_example(task, size, depth, sample, options, hay, tokenizer):
-    """(context, question, answers, the needle's sentence that retrieval heads should copy from)."""
-    if options["haystack"].endswith(".py"):
-        found = run_file(options["haystack"]).needle(task, size, depth, [options["seed"], sample])
-        return found["context"], found["question"], found["answers"], found["needle"]
+def insert_from_the_end(sentences: list[str], places: list[int], facts: list[str]) -> None:
+    """Each fact at its place; the last first, so that the places before it stay what they were."""
+    for place, fact in zip(reversed(places), reversed(facts)):
+        sentences.insert(place, fact)
+
+
+def make_example(task: str, size: int, depth: int, sample: int, options: dict, hay: list[str],
+                 tokenizer) -> Example:
+    """The example of a cell: a function of (seed, task, size, depth, sample) and the haystack."""
+    path = options["haystack"]
+    if path.endswith(".py"):
+        found = run_file(path).needle(task, size, depth, [options["seed"], sample])
+        return Example(found["context"], found["question"], found["answers"], found["needle"])
     rng = random.Random(f"{options['seed']} {task} {size} {depth} {sample}")
-    facts, question, answers = needles(task, rng)
-    return hide(facts, hay, size, depth, tokenizer, rng), question, answers, facts[0]
+    facts, question, answers = make_facts(task, rng)
+    context = hide(facts, hay, size, depth, tokenizer, rng)
+    return Example(context, question, answers, facts[0])
 
 
-def given(text, answers):
+# ------------------------------------------------------------------------------------ measure
+
+def given(text: str, answers: list[str]) -> float:
     """Share of the answers that a text contains."""
-    return sum(is_right(text, [answer]) for answer in answers) / len(answers)
+    right = [is_right(text, [answer]) for answer in answers]
+    return sum(right) / len(right)
 
 
-def needle(subjects, options):
-    """Rows {"model", "task", "length", "depth", "score", "n"}; the score is the mean share of the answers that were given."""
-    tasks = [task.strip() for task in options["tasks"].split(",")]
-    if unknown := set(tasks) - {"single", "multikey", "multivalue", "multiquery", "variables"}:
-        raise BadInput(f"tasks: expected some of single, multikey, multivalue, multiquery, variables, found {', '.join(unknown)}")
-    hay = [] if options["haystack"].endswith(".py") else sentences_of(options["haystack"])
-    tail = options["prompt_tail"] or "\n\n{question}"
-    table, heads = [], {}
+def measure(subjects: list[Subject], options: dict) -> dict:
+    """{"table": rows {"model", "task", "length", "depth", "score", "n"}, "window", "heads", ...}.
+
+    score: mean share of the answers that were given. heads: each model's retrieval scores, (layers,
+    heads), over the examples whose needle was found in the tokens; left_out: how many had none.
+    """
+    hay = []
+    if not options["haystack"].endswith(".py"):
+        hay = sentences_of(options["haystack"])
+    table = []
+    heads = {}
+    left_out = {}
     for subject in subjects:
-        seen = Copies(subject) if options["retrieval"] else None
-        for task in tasks:
+        scores = RetrievalScores(subject) if options["retrieval"] else None
+        for task in tasks_of(options):
             for length in options["lengths"]:
-                cells, asked = [], []
-                for depth in options["depths"]:
-                    for sample in range(options["samples"]):
-                        context, question, answers, fact = needle_example(task, length, depth, sample, options, hay, subject.tokenizer)
-                        cells.append((depth, answers))
-                        asked.append((*subject.prompt(context, "", tail.replace("{question}", question)), fact))
-                look = seen and seen.watching([(ids, fact) for ids, _, fact in asked])
-                said = subject.answers([(ids, n) for ids, n, _ in asked], options["max_new_tokens"], look)
-                for depth in options["depths"]:
-                    scores = [given(text, answers) for text, (d, answers) in zip(said, cells) if d == depth]
-                    table.append({"model": subject.name, "task": task, "length": length, "depth": depth,
-                                  "score": sum(scores) / len(scores), "n": len(scores)})
-                row = [r for r in table if (r["model"], r["task"], r["length"]) == (subject.name, task, length)]
-                mean, n = np.mean([r["score"] for r in row]), sum(r["n"] for r in row)
-                low, high = interval(mean * n, n)
-                print(f"{subject.name:20} {task:10} {length:7d}  " + " ".join(f"{r['score']:5.2f}" for r in row)
-                      + f"   mean {mean:.3f} ({low:.3f}..{high:.3f}) of {n}", flush=True)
-        if seen:
-            heads[subject.name] = seen.scores()
-            print_heads(subject.name, heads[subject.name])
-    for task in tasks:
-        needle_picture([s.name for s in subjects], [r for r in table if r["task"] == task], task,
-                       options["window"] or subjects[0].model.config.max_position_embeddings, options)
+                table += measure_row(subject, task, length, hay, options, scores)
+        if scores:
+            scores.print()
+            heads[subject.name] = scores.mean().tolist()
+            left_out[subject.name] = scores.left_out
+    window = options["window"] or subjects[0].config.max_position_embeddings
+    return {"table": table, "window": window, "heads": heads, "left_out": left_out}
+
+
+def measure_row(subject: Subject, task: str, length: int, hay: list[str], options: dict,
+                scores: RetrievalScores | None) -> list[dict]:
+    """The rows of one length, one a depth, all asked together."""
+    tail = options["prompt_tail"] or "\n\n{question}"
+    asked = []
+    prompts = []
+    places = []
+    for depth in options["depths"]:
+        for sample in range(options["samples"]):
+            example = make_example(task, length, depth, sample, options, hay, subject.tokenizer)
+            text = tail.replace("{question}", example.question)
+            ids, place = subject.prompt(example.context, "", text)
+            asked.append(example)
+            prompts.append(ids)
+            places.append(place)
+    look = scores.watch(prompts, places, asked) if scores else None
+    shared = [place.stop for place in places]
+    said = subject.answers(prompts, shared, options["max_new_tokens"], look)
+
+    found = [given(text, example.answers) for text, example in zip(said, asked)]
+    rows = []
+    n = options["samples"]
+    for i, depth in enumerate(options["depths"]):
+        cell = found[i * n:(i + 1) * n]
+        rows.append({"model": subject.name, "task": task, "length": length, "depth": depth,
+                     "score": sum(cell) / n, "n": n})
+    by_depth = " ".join(f"{row['score']:5.2f}" for row in rows)
+    print_row(subject.name, f"{task:10} {length:7d} {by_depth}",
+              f"mean {share(sum(found), len(found))}")
+    return rows
+
+
+# ------------------------------------------------------------------------------------ picture
+
+def draw(result: dict, options: dict) -> None:
+    """A heat map for each task, and of the retrieval scores."""
+    for task in tasks_of(options):
+        rows = [row for row in result["table"] if row["task"] == task]
+        draw_task(task, rows, result["window"], options)
+    heads = {name: scores for name, scores in result["heads"].items() if scores}
     if heads:
-        heads_picture(heads, options)
-    return table, {"heads": {name: scores.tolist() for name, scores in heads.items()}}
+        draw_heads(heads, options)
 
 
-class Copies:
-    """Retrieval scores (App. B, Eq. 5): for each head, the share of the needle's tokens that it looked at, as its arg-max,
-    in the very step that generated them. Mean over the examples."""
-
-    def __init__(self, subject):
-        config = subject.model.config
-        self.shape, self.tokenizer, self.copied = (config.num_hidden_layers, config.num_attention_heads), subject.tokenizer, []
-
-    def watching(self, asked):
-        """A look(...) for generate that notes what is copied from the fact of each (ids, fact)."""
-        spans = [span_of(ids, fact, self.tokenizer) for ids, fact in asked]
-        mine = [torch.zeros(*self.shape, max(1, end - start), dtype=torch.bool) for start, end in spans]
-        self.copied += mine
-
-        def look(i, token, tops):  # tops: (layers, heads) positions of the arg-max key
-            start, end = spans[i]
-            for place in range(start, end):
-                if asked[i][0][place] == token:
-                    mine[i][:, :, place - start] |= tops == place
-        return look
-
-    def scores(self):
-        return torch.stack([hits.float().mean(-1) for hits in self.copied]).mean(0)
-
-
-def span_of(ids, fact, tokenizer):
-    """Where a sentence's tokens lie in a prompt: (start, end); (0, 0) if nowhere."""
-    pieces = [tokenizer.decode([t]) for t in ids]  # half a character decodes to U+FFFD, whole facts do not
-    ends = np.cumsum([len(piece) for piece in pieces])
-    at = "".join(pieces).find(fact)
-    if at < 0:
-        return 0, 0
-    return int(np.searchsorted(ends, at, "right")), int(np.searchsorted(ends, at + len(fact), "left")) + 1
-
-
-def print_heads(name, scores):
-    best = scores.flatten().topk(min(10, scores.numel()))
-    H = scores.shape[1]
-    print(f"{name}: retrieval heads (score above 0.1): {int((scores > 0.1).sum())} of {scores.numel()}; mean of the best ten "
-          f"{best.values.mean():.3f}: " + ", ".join(f"{i // H}.{i % H} {v:.2f}" for v, i in zip(best.values.tolist(), best.indices.tolist())))
-
-
-def needle_picture(names, rows, task, window, options):
-    plt = pyplot()
-    if not plt:
-        return
-    lengths, depths = options["lengths"], options["depths"]
-    grids = [np.array([[next(r["score"] for r in rows if (r["model"], r["length"], r["depth"]) == (name, n, d)) for n in lengths]
-                       for d in depths]) for name in names]
-    titles = list(names)
+def draw_task(task: str, rows: list[dict], window: int, options: dict) -> None:
+    """Length by depth, a panel a model; of two models also what the second gained."""
+    lengths = options["lengths"]
+    depths = options["depths"]
+    names = list(dict.fromkeys(row["model"] for row in rows))
+    grids = []
+    for name in names:
+        scores = [row["score"] for row in rows if row["model"] == name]
+        grids.append(np.array(scores).reshape(len(lengths), len(depths)).T)
+    titles = names
     if len(names) == 2:
         grids.append(grids[1] - grids[0])
-        titles.append(f"{names[1]} minus {names[0]}")
-    figure, axes = plt.subplots(1, len(grids), figsize=(1.5 + 4.2 * len(grids), 3.4), squeeze=False, constrained_layout=True)
-    for axis, grid, title in zip(axes[0], grids, titles):
-        change = "minus" in title
-        image = axis.imshow(grid, cmap="RdBu" if change else "RdYlGn", vmin=-1 if change else 0, vmax=1, aspect="auto")
-        for (y, x), value in np.ndenumerate(grid):
-            axis.text(x, y, f"{value:+.2f}" if change else f"{value:.2f}", ha="center", va="center", fontsize=7)
-        if any(n <= window for n in lengths) and any(n > window for n in lengths):
-            axis.axvline(sum(n <= window for n in lengths) - 0.5, color="black", linewidth=2, linestyle="--")
-        axis.set(title=title, xlabel="context, tokens (dashed: the window)", xticks=range(len(lengths)), xticklabels=lengths,
-                 yticks=range(len(depths)), yticklabels=depths, ylabel="depth, %")
-        figure.colorbar(image, ax=axis)
-    save_picture(figure, plt, f"needle_{task}", options)
+        titles = [*names, f"{names[1]} minus {names[0]}"]
+    inside = sum(length <= window for length in lengths)
 
+    def paint(axis, number):
+        difference = number == 2
+        image = heat_map(axis, grids[number], -1 if difference else 0, 1, difference)
+        write_numbers(axis, image, grids[number], "+.2f" if difference else ".2f")
+        axis.set(xlabel="context, tokens", ylabel="depth, %")
+        axis.set_xticks(range(len(lengths)), lengths)
+        axis.set_yticks(range(len(depths)), depths)
+        if 0 < inside < len(lengths):
+            axis.axvline(inside - 0.5, color="black", linewidth=2, linestyle="--")
+            axis.set_xlabel("context, tokens (dashed: the window)")
 
-def heads_picture(heads, options):
-    plt = pyplot()
-    if not plt:
-        return
-    figure, axes = plt.subplots(1, len(heads), figsize=(1 + 3.6 * len(heads), 3.4), squeeze=False, constrained_layout=True)
-    for axis, (name, scores) in zip(axes[0], heads.items()):
-        image = axis.imshow(scores.numpy(), cmap="viridis", vmin=0, vmax=max(0.1, max(float(s.max()) for s in heads.values())), aspect="auto")
-        axis.set(title=f"{name}: retrieval score", xlabel="head", ylabel="layer")
-        axis.yaxis.get_major_locator().set_params(integer=True)
-        axis.xaxis.get_major_locator().set_params(integer=True)
-        figure.colorbar(image, ax=axis)
-    save_picture(figure, plt, "retrieval", options)
+    save_panels(f"needle_{task}", options, titles, max(4.5, 1.5 + 0.6 * len(lengths)), paint)

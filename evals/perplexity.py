@@ -1,59 +1,212 @@
-"""Perplexity of texts, by context length; and where a long context helps."""
+"""Perplexity of texts, by context length; and LongPPL, of the tokens that a long context decides.
+
+LongPPL (arXiv 2410.23771) is the perplexity over key tokens alone. A token x is a key token if, for
+one evaluator model, with l its long and s its truncated context,
+
+    log P(x | l) - log P(x | s) > 2        the long context gains on it          (the paper's alpha)
+    log P(x | l) > -2                      and makes it likely                   (the paper's beta)
+
+They are chosen once: each model at each length is judged by the same tokens. Here the evaluator's
+long context is the longest of `lengths`, and its truncated one has truncated .. truncated + stride
+- 1 tokens, as in the paper's code.
+"""
+import os
+
 import torch
 
-from configs import BadInput
-from evals.common import pyplot, save_picture, texts
+from configs import BadInput, refuse
+from evals.common import (COMMON, Subject, check_options, check_path, complete_characters,
+                          print_row, texts, token_span)
+from evals.pictures import save_panels
+from model import HEAD_CHUNK, Llama, Segment, SegmentAttention
 
+OPTIONS = dict(
+    **COMMON,
+    text="",                 # text files, or a folder of them
+    lengths=[256, 512, 1024, 2048],  # tokens that a prediction may look back on
+    stride=128,              # tokens scored in each window
+    tokens=8192,             # of each document, from its beginning
+    documents=8,
+    evaluator="",            # model folder that chooses the key tokens; empty: the first model
+    truncated=64,            # tokens of its truncated context (the paper: 4,096)
+)
+GAIN = 2.0
+LIKELY = -2.0
+
+
+def check(options: dict) -> None:
+    check_options(options, ("stride", "tokens", "documents", "truncated"), ("lengths",))
+    shortest = min(options["lengths"])
+    longest = max(options["lengths"])
+    if shortest < 2 or options["stride"] >= shortest:
+        refuse("stride", options["stride"], f"less than the shortest of lengths, {shortest}")
+    if options["truncated"] + options["stride"] >= longest:
+        refuse("truncated", options["truncated"],
+               f"with stride={options['stride']} less than the longest of lengths, {longest}")
+    check_path(options, "text")
+
+
+# ------------------------------------------------------------------------------ log-probs
 
 @torch.no_grad()
-def token_losses(model, ids, length, stride):
-    """(len(ids) - 1,) nats of each token after the first, which sees between length - stride and length - 1 tokens before it.
+def token_logps(model: Llama, ids: list[int], length: int, stride: int) -> torch.Tensor:
+    """(len(ids) - 1,) log-prob of each token after the first, given length - stride .. length - 1
+    tokens before it (fewer at the beginning).
 
-    Windows of `length` tokens move on by `stride`, and each scores what the one before has not (Press et al., 2021).
+    Windows of `length` tokens move on by `stride`, and each scores what the one before has not
+    (Press et al., arXiv 2012.15832, Sec. 2). Logits exist for HEAD_CHUNK tokens at a time.
     """
-    ids = torch.tensor(ids, device=model.lm_head.weight.device)
-    losses, done = [], 0
-    for begin in range(0, len(ids) - 1, stride):
-        window = ids[begin:begin + length]
-        logits = model.logits(window[None])[0, :-1].float()
-        each = torch.nn.functional.cross_entropy(logits, window[1:], reduction="none")
-        losses.append(each[done - begin:].cpu())
+    tokens = torch.tensor(ids, device=model.lm_head.weight.device)
+    logps = []
+    done = 0          # the last token that is scored; the first never is
+    begin = 0
+    while done < len(ids) - 1:
+        window = tokens[begin:begin + length]
+        positions = torch.arange(len(window), device=tokens.device)
+        attend = SegmentAttention([Segment(0, len(window))], tokens.device)
+        x = model.hidden_states(window, positions, attend)
+        # The state of token t predicts token t + 1.
+        states = x[done - begin:-1].split(HEAD_CHUNK)
+        targets = window[done - begin + 1:].split(HEAD_CHUNK)
+        for states_here, targets_here in zip(states, targets):
+            logps.append(model.token_logps(states_here, targets_here).cpu())
         done = begin + len(window) - 1
-        if done == len(ids) - 1:
-            break
-    return torch.cat(losses)
+        begin += stride
+    return torch.cat(logps)
 
 
-def perplexity(subjects, options):
-    """Rows {"model", "length", "perplexity", "long", "key_tokens"}.
+# ------------------------------------------------------------------------------ key tokens
 
-    long: LongPPL, over the tokens alone whose loss falls by more than `gain` nats from the shortest to this length.
+def key_tokens(evaluator: Subject, ids: list[int], options: dict) -> torch.Tensor:
+    """(len(ids) - 1,) bool: which tokens after the first are key tokens of a document."""
+    stride = options["stride"]
+    long = token_logps(evaluator.model, ids, max(options["lengths"]), stride)
+    short = token_logps(evaluator.model, ids, options["truncated"] + stride, stride)
+    return (long - short > GAIN) & (long > LIKELY)
+
+
+def carry_over(is_key: torch.Tensor, ids: list[int], evaluator: Subject, other_ids: list[int],
+               other: Subject) -> torch.Tensor:
+    """The same key tokens in another model's ids: those that lie wholly within a run of them.
+
+    Between two tokenizers, characters are what is common.
     """
-    if min(options["lengths"]) < 2 or options["stride"] < 1 or options["stride"] >= min(options["lengths"]):
-        raise BadInput(f"stride={options['stride']}: expected at least 1 and less than the shortest of lengths={options['lengths']}")
-    found, table = texts(options["text"])[:options["documents"]], []
+    if other.tokenizer.digest == evaluator.tokenizer.digest:
+        return is_key
+    text = evaluator.tokenizer.decode(ids)
+    if other.tokenizer.decode(other_ids) != text:
+        raise BadInput(f"{other.folder}: its tokenizer does not keep the text as that of "
+                       f"{evaluator.folder} does: the key tokens cannot be found in it")
+    carried = torch.zeros(len(other_ids) - 1, dtype=torch.bool)
+    for first, last in runs_of(is_key.tolist()):
+        start = complete_characters(ids, first + 1, text, evaluator.tokenizer)
+        end = complete_characters(ids, last + 1, text, evaluator.tokenizer)
+        begin, stop = token_span(other_ids, start, end, other.tokenizer)
+        if complete_characters(other_ids, begin, text, other.tokenizer) < start:
+            begin += 1
+        if complete_characters(other_ids, stop, text, other.tokenizer) > end:
+            stop -= 1
+        carried[max(0, begin - 1):max(0, stop - 1)] = True
+    return carried
+
+
+def runs_of(flags: list[bool]) -> list[tuple[int, int]]:
+    """(first, last + 1) of each unbroken run of True."""
+    runs = []
+    start = None
+    for i, flag in enumerate([*flags, False]):
+        if flag and start is None:
+            start = i
+        if not flag and start is not None:
+            runs.append((start, i))
+            start = None
+    return runs
+
+
+# ------------------------------------------------------------------------------ measure, draw
+
+def measure(subjects: list[Subject], options: dict) -> dict:
+    """{"table": rows {"model", "length", "perplexity", "tokens", "long", "key_tokens"}, ...}.
+
+    long: LongPPL; None where no token is a key token.
+    """
+    evaluator = evaluator_of(subjects, options)
+    documents = cut_texts(evaluator, options)
+    chosen = [key_tokens(evaluator, ids, options) for _, ids in documents]
+    table = []
     for subject in subjects:
-        documents = [subject.tokenizer.encode(text)[:options["tokens"]] for text in found]
-        documents = [ids for ids in documents if len(ids) > max(options["lengths"])]
-        if not documents:
-            raise BadInput(f"{options['text']}: no text has more than {max(options['lengths'])} tokens")
-        shortest = None
+        encoded = [subject.tokenizer.encode(text) for text, _ in documents]
+        is_key = []
+        for (_, ids), own_ids, keys in zip(documents, encoded, chosen):
+            is_key.append(carry_over(keys, ids, evaluator, own_ids, subject))
+        is_key = torch.cat(is_key)
         for length in sorted(options["lengths"]):
-            losses = torch.cat([token_losses(subject.model, ids, length, options["stride"]) for ids in documents])
-            shortest = losses if shortest is None else shortest
-            key = shortest - losses > options["gain"]
-            row = {"model": subject.name, "length": length, "perplexity": losses.mean().exp().item(), "tokens": len(losses),
-                   "long": losses[key].mean().exp().item() if key.any() else None, "key_tokens": int(key.sum())}
-            table.append(row)
-            print(f"{subject.name:20} {length:7d} tokens   perplexity {row['perplexity']:8.3f} of {len(losses)}   "
-                  + (f"LongPPL {row['long']:.3f} of {row['key_tokens']}" if row["long"] else "no tokens gain"), flush=True)
-    if plt := pyplot():
-        figure, axis = plt.subplots(figsize=(5, 3.4), constrained_layout=True)
-        for name in dict.fromkeys(r["model"] for r in table):
-            mine = [r for r in table if r["model"] == name]
-            axis.plot([r["length"] for r in mine], [r["perplexity"] for r in mine], marker="o", label=name)
-        axis.axvline(subjects[0].model.config.max_position_embeddings, color="black", linestyle="--", linewidth=1)
-        axis.set(xscale="log", yscale="log", xlabel="context, tokens (dashed: the first model's window)", ylabel="perplexity")
+            logps = [token_logps(subject.model, ids, length, options["stride"]) for ids in encoded]
+            table.append(row_of(subject.name, length, torch.cat(logps), is_key))
+    return {"table": table, "evaluator": evaluator.folder,
+            "window": subjects[0].config.max_position_embeddings}
+
+
+def evaluator_of(subjects: list[Subject], options: dict) -> Subject:
+    """The one model that chooses the key tokens."""
+    if not options["evaluator"]:
+        return subjects[0]
+    for subject in subjects:
+        if os.path.realpath(subject.folder) == os.path.realpath(options["evaluator"]):
+            return subject   # its weights need not be there twice
+    return Subject(options["evaluator"], options)
+
+
+def cut_texts(evaluator: Subject, options: dict) -> list[tuple[str, list[int]]]:
+    """(text, the evaluator's token ids) of each document, cut to `tokens` of its tokens.
+
+    The text is what is cut, so that models of other tokenizers read no more and no less of it.
+    """
+    longest = max(options["lengths"])
+    documents = []
+    for text in texts(options["text"])[:options["documents"]]:
+        ids = evaluator.tokenizer.encode(text)[:options["tokens"]]
+        if len(ids) > longest:
+            text = evaluator.tokenizer.decode(ids).rstrip("\ufffd")   # the last may be cut in half
+            documents.append((text, evaluator.tokenizer.encode(text)))
+    if not documents:
+        raise BadInput(f"{options['text']}: no text has more than {longest} tokens, the longest of "
+                       "lengths")
+    return documents
+
+
+def row_of(name: str, length: int, logps: torch.Tensor, is_key: torch.Tensor) -> dict:
+    """A row of the table, printed."""
+    row = {"model": name, "length": length, "perplexity": perplexity(logps), "tokens": len(logps),
+           "long": None, "key_tokens": int(is_key.sum())}
+    text = "no key tokens"
+    if is_key.any():
+        row["long"] = perplexity(logps[is_key])
+        text = f"LongPPL {row['long']:8.3f} of {row['key_tokens']}"
+    print_row(name, f"{length:7d} tokens", f"perplexity {row['perplexity']:8.3f} of {len(logps)}",
+              text)
+    return row
+
+
+def perplexity(logps: torch.Tensor) -> float:
+    return (-logps).mean().exp().item()
+
+
+def draw(result: dict, options: dict) -> None:
+    """Perplexity by length, a line a model."""
+    lengths = sorted(options["lengths"])
+    names = list(dict.fromkeys(row["model"] for row in result["table"]))
+
+    def paint(axis, number):
+        for name in names:
+            mine = [row["perplexity"] for row in result["table"] if row["model"] == name]
+            axis.plot(lengths, mine, marker="o", label=name)
+        axis.axvline(result["window"], color="black", linestyle="--", linewidth=1)
+        axis.set(xscale="log", yscale="log", ylabel="perplexity",
+                 xlabel="context, tokens (dashed: the first model's window)")
+        # The lengths are the ticks: powers of ten say nothing of 2,048.
+        axis.set_xticks(lengths, lengths)
+        axis.minorticks_off()
         axis.legend()
-        save_picture(figure, plt, "perplexity", options)
-    return table, {}
+
+    save_panels("perplexity", options, [""], 5, paint)

@@ -1,39 +1,119 @@
-"""Margins, accuracy and log-probs on a pairs file."""
+"""Margins, accuracy and log-probs on a pairs file, as a training run counts them on held-out pairs."""
 import numpy as np
 import torch
 
-from configs import load_config
-from data import collate, encode_group, load_pairs
-from evals.common import pyplot, save_picture
+from configs import BadInput, check_settings, checked, default_groups, load_config
+from data import encode_group, load_pairs, read_header
+from evals.common import COMMON, Subject, check_options, check_path, print_row
+from evals.pictures import save_panels
 from loss import logo_loss
+from tokenizer import load_tokenizer
+
+OPTIONS = dict(
+    **COMMON,
+    pairs="",                # the pairs' file; its first line says how prompts are made
+    config="",               # training config, for what the first line does not say: the next six
+    window=-1,               # these go before the config's; -1 or empty: the config's
+    positions="",
+    sparse_share=-1.0,
+    draws=-1,
+    beta=-1.0,
+    gamma=-1.0,
+    last=64,                 # so many pairs of the file, the last ones; 0: all
+)
+TRAIN_KEYS = ("window", "positions", "sparse_share", "draws", "beta", "gamma")
+
+
+def check(options: dict) -> None:
+    check_options(options, (), ())
+    check_path(options, "pairs")
+    settings_of(options)
+
+
+def settings_of(options: dict) -> dict:
+    """The settings for these pairs: the file's own, then the command line's, then the config's.
+
+    BadInput where one is in none of them. A default would do too, and give numbers that mean
+    nothing: an accuracy at another window, or after another prompt, looks like any other.
+    """
+    path = options["pairs"]
+    header = read_header(path)
+    if not header and not options["config"]:
+        raise BadInput(f"{path}: its first line has no settings: name the config that it is for, "
+                       "as config=configs/tiny.py")
+    cfg = {}
+    if options["config"]:
+        cfg = load_config([options["config"]])
+    else:
+        for group in default_groups().values():
+            cfg.update(group)
+    for key in default_groups()["build"]:
+        if key in header:
+            cfg[key] = checked(cfg, key, header[key], f"{path}, line 1")
+        elif not options["config"]:
+            raise BadInput(f"{path}, line 1: the settings have no {key}: name a config")
+
+    missing = []
+    for key in TRAIN_KEYS:
+        if options[key] != OPTIONS[key]:
+            cfg[key] = options[key]
+        elif not options["config"]:
+            missing.append(key)
+    if missing:
+        raise BadInput(f"{path} does not say {', '.join(missing)}: name the training config, as "
+                       "config=configs/tiny.py, or give each as key=value")
+    check_settings(cfg)
+    return cfg
 
 
 @torch.no_grad()
-def preferences(subjects, options):
-    """Rows {"model", "margin", "accuracy", "chosen", "rejected"} of mean log-probs on pairs, at their first draw's positions."""
-    cfg, table, shown = load_config([options["config"]] if options["config"] else []), [], {}
+def measure(subjects: list[Subject], options: dict) -> dict:
+    """{"table": rows {"model", "n", and logo_loss's metrics}, "logps": mean log-probs by model}.
+
+    logps: for each pair, its chosen and rejected answers, at the positions of its first draw.
+    """
+    cfg = settings_of(options)
+    table = []
+    logps = {}
     for subject in subjects:
-        pairs = load_pairs(options["pairs"], cfg, subject.tokenizer)[-options["last"] or None:]
-        rows = []
-        for pair in pairs:
-            batch = collate([encode_group(pair, subject.tokenizer, cfg)])
-            tensors = [x.to(subject.device) for x in (batch.tokens, batch.positions, batch.targets)]
-            sums, lengths = subject.model(*tensors, batch.segments)
-            rows.append((sums / lengths).cpu())
-        logps = torch.stack(rows)
-        shown[subject.name] = logps
-        _, metrics = logo_loss(logps[:, 0], logps[:, 1:], cfg["beta"], cfg["gamma"], cfg["sft_weight"])
-        row = {"model": subject.name, "n": len(pairs), **{key: float(value) for key, value in metrics.items()}}
+        cfg["model"] = subject.folder
+        tokenizer = load_tokenizer(subject.folder, cfg["template"])
+        # Token ids of another tokenizer name other words. load_pairs refuses them.
+        pairs = load_pairs(options["pairs"], cfg, tokenizer)
+        pairs = pairs[-options["last"]:] if options["last"] else pairs
+        found = torch.stack([pair_logps(subject, pair, tokenizer, cfg) for pair in pairs])
+        logps[subject.name] = found.tolist()
+        _, metrics = logo_loss(found[:, 0], found[:, 1:], cfg["beta"], cfg["gamma"])
+        row = {"model": subject.name, "n": len(pairs)}
+        row.update({key: value.item() for key, value in metrics.items()})
         table.append(row)
-        print(f"{subject.name:20} margin {row['rewards/margins']:+.3f}  accuracy {row['rewards/accuracies']:.3f}  chosen {row['logps/chosen']:.3f}  "
-              f"rejected {row['logps/rejected']:.3f}  of {len(pairs)}", flush=True)
-    if plt := pyplot():
-        figure, axes = plt.subplots(1, len(shown), figsize=(1 + 4 * len(shown), 3.2), squeeze=False, sharex=True, constrained_layout=True)
-        for axis, (name, logps) in zip(axes[0], shown.items()):
-            edges = np.linspace(min(float(x.min()) for x in shown.values()), 0, 40)
-            axis.hist(logps[:, 0], edges, alpha=0.6, label="chosen")
-            axis.hist(logps[:, 1:].flatten(), edges, alpha=0.6, label="rejected")
-            axis.set(title=name, xlabel="mean log-prob of an answer")
-            axis.legend()
-        save_picture(figure, plt, "preferences", options)
-    return table, {}
+        print_row(subject.name, f"margin {row['rewards/margins']:+.3f}",
+                  f"accuracy {row['rewards/accuracies']:.3f}",
+                  f"chosen {row['logps/chosen']:.3f}", f"rejected {row['logps/rejected']:.3f}",
+                  f"of {len(pairs)}")
+    return {"table": table, "logps": logps}
+
+
+def pair_logps(subject: Subject, pair: dict, tokenizer, cfg: dict) -> torch.Tensor:
+    """(1 + M,) mean log-prob of each answer, each over its own length."""
+    batch = encode_group(pair, tokenizer, cfg)
+    tokens = batch.tokens.to(subject.device)
+    positions = batch.positions.to(subject.device)
+    targets = batch.targets.to(subject.device)
+    sums, lengths = subject.model(tokens, positions, targets, batch.segments)
+    return (sums / lengths).cpu()
+
+
+def draw(result: dict, options: dict) -> None:
+    """Histograms of the answers' mean log-probs, a panel a model, on one scale."""
+    names = list(result["logps"])
+    logps = [np.array(result["logps"][name]) for name in names]
+    edges = np.linspace(min(each.min() for each in logps), 0, 40)
+
+    def paint(axis, number):
+        axis.hist(logps[number][:, 0], edges, alpha=0.6, label="chosen")
+        axis.hist(logps[number][:, 1:].flatten(), edges, alpha=0.6, label="rejected")
+        axis.set_xlabel("mean log-prob of an answer")
+        axis.legend()
+
+    save_panels("preferences", options, names, 4.5, paint)

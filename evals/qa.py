@@ -1,54 +1,114 @@
-"""Questions over passages: right answers and F1, by number of passages and by the gold passage's place."""
-import re
-import string
+"""Questions over passages: right answers and F1, by number of passages and the gold one's place."""
 from collections import Counter
 
 import numpy as np
 
+from configs import BadInput
 from data import random_stream
-from evals.common import interval
-from pairs.answers import is_right
+from evals.common import (ASKING, COMMON, Subject, check_options, check_path, print_row, share)
+from pairs.answers import is_right, normalize
 from pairs.corpus import Corpus, Examples
 
+OPTIONS = dict(
+    **COMMON,
+    **ASKING,
+    examples="",             # a corpus with questions and answers, see pairs/corpus.py
+    passages=[1, 4, 8, 16],  # around a question, where the corpus is passages
+    questions=100,           # the last of the shuffled corpus: pairs are built from its head
+    prompt_tail="Answer this question in a few words: {question}?",
+    max_new_tokens=64,       # of an answer
+)
 
-def f1(found, wanted):
-    """Harmonic mean of precision and recall of two lists of tokens, as multisets."""
+
+def check(options: dict) -> None:
+    check_options(options, ("batch", "questions", "max_new_tokens"), ("passages",))
+    check_path(options, "examples")
+    if "{question}" not in options["prompt_tail"]:
+        raise BadInput("prompt_tail: expected a text with {question} in it")
+
+
+def token_f1(prediction: str, answer: str) -> float:
+    """SQuAD's F1: harmonic mean of precision and recall of the words, as multisets."""
+    found = normalize(prediction).split()
+    wanted = normalize(answer).split()
     same = sum((Counter(found) & Counter(wanted)).values())
-    return 2 * same / (len(found) + len(wanted)) if same else 0.0
+    if not same:
+        return 0.0
+    return 2 * same / (len(found) + len(wanted))
 
 
-def words(text):
-    """Lower case, without punctuation and articles."""
-    text = "".join(c for c in text.lower() if c not in string.punctuation)
-    return re.sub(r"\b(a|an|the)\b", " ", text).split()
+def measure(subjects: list[Subject], options: dict) -> dict:
+    """{"table": rows {"model", "passages", "right", "f1", "n", "by_place"}}.
 
-
-def qa_f1(prediction, answer):
-    return f1(words(prediction), words(answer))
-
-
-def qa(subjects, options):
-    """Rows {"model", "passages", "right", "f1", "n", "by_place"}: answer contained, token F1, by place of the gold passage."""
+    right: share of the answers that contain a reference answer. by_place: [right, asked] where the
+    gold passage lay in the first, middle and last third. passages and by_place are None where the
+    corpus brings its own contexts.
+    """
     corpus = Corpus(options["examples"], {"strict": True, "questions": 1})
-    order = random_stream("order of questions", options["seed"]).permutation(len(corpus))[-options["questions"]:]
+    order = random_stream("order of questions", options["seed"]).permutation(len(corpus))
+    order = order[-options["questions"]:]
+    rows = [corpus[i] for i in order]
+    for row in rows:
+        if not row.get("question") or not row.get("answers"):
+            raise BadInput(f"{options['examples']}: some examples have no question or no answers")
+
     table = []
     for subject in subjects:
+        if all("context" in row for row in rows):
+            table.append(measure_row(subject, rows, None, None, options))
+            continue
         for passages in options["passages"]:
-            # the other questions' passages are the distractors
-            examples, asked, places = Examples(corpus, order, min(passages, len(order)), options["seed"]), [], []
-            for i in range(len(examples)):
-                example, gold = examples[i], corpus[order[i]]["passage"]
-                places.append(example["context"].index(gold))
-                context = "".join(passage + "\n\n" for passage in example["context"])
-                asked.append((subject.prompt(context, "", options["prompt_tail"].replace("{question}", example["question"])), example))
-            said = subject.answers([prompt for prompt, _ in asked], options["max_new_tokens"])
-            right = [is_right(said[i], example["answers"]) for i, (_, example) in enumerate(asked)]
-            f1 = [max(qa_f1(said[i], answer) for answer in example["answers"]) for i, (_, example) in enumerate(asked)]
-            low, high = interval(sum(right), len(right))
-            thirds = [[r for r, p in zip(right, places) if 3 * p // passages == third] for third in range(3)]
-            table.append({"model": subject.name, "passages": passages, "right": float(np.mean(right)), "f1": float(np.mean(f1)),
-                          "n": len(right), "by_place": [[sum(t), len(t)] for t in thirds]})
-            print(f"{subject.name:20} {passages:3d} passages   right {np.mean(right):.3f} ({low:.3f}..{high:.3f})   F1 {np.mean(f1):.3f}   "
-                  f"of {len(right)}   gold passage first / middle / last third: "
-                  + " / ".join(f"{sum(t)}:{len(t)}" for t in thirds), flush=True)
-    return table, {}
+            # The other questions' passages are the distractors.
+            size = min(passages, len(order))
+            mixed = Examples(corpus, order, size, options["seed"])
+            examples = [mixed[i] for i in range(len(mixed))]
+            places = []
+            for row, example in zip(rows, examples):
+                places.append(example["context"].index(row["passage"]))
+            table.append(measure_row(subject, examples, places, size, options))
+    return {"table": table}
+
+
+def measure_row(subject: Subject, examples: list[dict], places: list[int] | None,
+                passages: int | None, options: dict) -> dict:
+    """Ask all examples; a row of the table, printed. places: number of each gold passage."""
+    prompts = []
+    shared = []
+    for example in examples:
+        tail = options["prompt_tail"].replace("{question}", example["question"])
+        ids, context = subject.prompt(text_of(example["context"]), "", tail)
+        prompts.append(ids)
+        shared.append(context.stop)
+    said = subject.answers(prompts, shared, options["max_new_tokens"])
+
+    right = []
+    f1 = []
+    for text, example in zip(said, examples):
+        right.append(is_right(text, example["answers"]))
+        f1.append(max(token_f1(text, answer) for answer in example["answers"]))
+    row = {"model": subject.name, "passages": passages, "right": float(np.mean(right)),
+           "f1": float(np.mean(f1)), "n": len(right), "by_place": None}
+    cells = [f"right {share(sum(right), len(right))}", f"F1 {row['f1']:.3f}"]
+    if places is not None:
+        row["by_place"] = by_thirds(right, places, passages)
+        thirds = " / ".join(f"{good}:{asked}" for good, asked in row["by_place"])
+        cells = [f"{passages:3d} passages", *cells, f"gold in first / middle / last third {thirds}"]
+    print_row(subject.name, *cells)
+    return row
+
+
+def text_of(context: str | list[str]) -> str:
+    """A context as one text; passages end with an empty line, as in training."""
+    if isinstance(context, str):
+        return context
+    return "".join(passage + "\n\n" for passage in context)
+
+
+def by_thirds(right: list[bool], places: list[int], passages: int) -> list[list[int]]:
+    """[right answers, questions] for each third of the places."""
+    counts = [[0, 0], [0, 0], [0, 0]]
+    for good, place in zip(right, places):
+        third = counts[3 * place // passages]
+        third[0] += good
+        third[1] += 1
+    return counts

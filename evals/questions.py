@@ -1,4 +1,4 @@
-"""Right answers on a training config's fresh questions, as train_logo.py counts them before and after."""
+"""Right answers on a training config's fresh questions, as train_logo.py counts them."""
 import time
 
 import torch
@@ -6,30 +6,45 @@ import torch.distributed as dist
 
 from configs import BadInput, load_config
 from data import chunk, prompt_around
-from evals.common import Subject
 from generate import generate
+from model import Llama
 from pairs.answers import is_right
 from pairs.corpus import read_examples
+from tokenizer import Tokenizer
 
 
-def count_right(model, tokenizer, cfg, size, rank=0, world=1):
-    """(right, asked): fresh questions over a context of `size` whose generated answer contains a reference answer.
+def count_right(model: Llama, tokenizer: Tokenizer, cfg: dict, size: int, rank: int = 0,
+                world: int = 1) -> tuple[int, int]:
+    """(right, asked): fresh questions over a context of `size` whose answer, generated greedily,
+    contains a reference answer.
 
-    With several processes each asks its share and all return the sum.
+    size: as context_size. With several processes each asks its share and all return the sum.
     """
     examples = read_examples(cfg, "fresh", size)
     examples = [examples[i] for i in range(rank, len(examples), world)]
-    if not all(example.get("question") and example.get("answers") for example in examples):
-        raise BadInput(f"{cfg['examples']}: some examples have no question or no answers, fresh_questions needs them")
-    prompts, stops = [], ()
+    for example in examples:
+        if not example.get("question") or not example.get("answers"):
+            raise BadInput(f"{cfg['examples']}: some examples have no question or no answers, "
+                           "fresh_questions needs them")
+
+    prompts = []
+    stops = []
     for example in examples:
         prefix, suffix, stops = prompt_around(cfg, tokenizer, example["question"])
-        chunks = chunk(example["context"], tokenizer, cfg["chunk_size"])
-        prompts.append(prefix + [t for c in chunks for t in c] + suffix)
+        # In chunks, as in training: a border between tokens may lie elsewhere in one long text.
+        ids = []
+        for piece in chunk(example["context"], tokenizer, cfg["chunk_size"]):
+            ids += piece
+        prompts.append(prefix + ids + suffix)
+
     right = 0
-    for i in range(0, len(prompts), cfg["fresh_batch"]):
-        answers = generate(model, prompts[i:i + cfg["fresh_batch"]], cfg["max_new_tokens"], stop_ids=stops)
-        right += sum(is_right(tokenizer.decode(ids), example["answers"]) for ids, example in zip(answers, examples[i:]))
+    size = cfg["fresh_batch"]
+    for start in range(0, len(prompts), size):
+        answers = generate(model, prompts[start:start + size], cfg["max_new_tokens"],
+                           stop_ids=stops)
+        for ids, example in zip(answers, examples[start:]):
+            right += is_right(tokenizer.decode(ids), example["answers"])
+
     counts = torch.tensor([right, len(examples)])
     if world > 1:
         counts = counts.to(model.lm_head.weight.device)
@@ -37,13 +52,18 @@ def count_right(model, tokenizer, cfg, size, rank=0, world=1):
     return tuple(counts.tolist())
 
 
-def questions(folder, argv):
+def questions(folder: str, argv: list[str]) -> None:
+    """The command: argv is a training config and its key=value words."""
+    # The trainer imports this file for count_right alone.
+    from evals.common import Subject, print_row, share
     cfg = load_config(argv)
     if not cfg["fresh_sizes"] or not cfg["fresh_questions"]:
         raise BadInput("fresh_sizes and fresh_questions are empty: nothing to ask")
-    torch.set_num_threads(cfg["threads"] or torch.get_num_threads())
+    if cfg["threads"]:
+        torch.set_num_threads(cfg["threads"])
     subject = Subject(folder, cfg)
     for size in cfg["fresh_sizes"]:
         start = time.time()
         right, asked = count_right(subject.model, subject.tokenizer, cfg, size)
-        print(f"context {size:6d}  right {right:4d} of {asked:4d}  {right / asked:.3f}  {time.time() - start:.1f}s")
+        print_row(subject.name, f"context {size:6d}", f"right {share(right, asked)}",
+                  f"{time.time() - start:.1f}s")
