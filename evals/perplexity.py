@@ -28,7 +28,7 @@ OPTIONS = dict(
     tokens=8192,             # of each document, from its beginning
     documents=8,
     evaluator="",            # model folder that chooses the key tokens; empty: the first model
-    truncated=64,            # tokens of its truncated context (the paper: 4,096)
+    truncated=256,           # tokens of its truncated context (the paper: 4,096 of 32,768)
 )
 GAIN = 2.0
 LIKELY = -2.0
@@ -46,18 +46,18 @@ def check(options: dict) -> None:
     check_path(options, "text")
 
 
-# ------------------------------------------------------------------------------ log-probs
+# --------------------------------------------------------------------------------- losses
 
 @torch.no_grad()
-def token_logps(model: Llama, ids: list[int], length: int, stride: int) -> torch.Tensor:
-    """(len(ids) - 1,) log-prob of each token after the first, given length - stride .. length - 1
-    tokens before it (fewer at the beginning).
+def token_losses(model: Llama, ids: list[int], length: int, stride: int) -> torch.Tensor:
+    """(len(ids) - 1,) nats, -log P, of each token after the first, given length - stride .. length
+    - 1 tokens before it (fewer at the beginning).
 
     Windows of `length` tokens move on by `stride`, and each scores what the one before has not
     (Press et al., arXiv 2012.15832, Sec. 2). Logits exist for HEAD_CHUNK tokens at a time.
     """
     tokens = torch.tensor(ids, device=model.lm_head.weight.device)
-    logps = []
+    losses = []
     done = 0          # the last token that is scored; the first never is
     begin = 0
     while done < len(ids) - 1:
@@ -69,10 +69,10 @@ def token_logps(model: Llama, ids: list[int], length: int, stride: int) -> torch
         states = x[done - begin:-1].split(HEAD_CHUNK)
         targets = window[done - begin + 1:].split(HEAD_CHUNK)
         for states_here, targets_here in zip(states, targets):
-            logps.append(model.token_logps(states_here, targets_here).cpu())
+            losses.append(-model.token_logps(states_here, targets_here).cpu())
         done = begin + len(window) - 1
         begin += stride
-    return torch.cat(logps)
+    return torch.cat(losses)
 
 
 # ------------------------------------------------------------------------------ key tokens
@@ -80,8 +80,8 @@ def token_logps(model: Llama, ids: list[int], length: int, stride: int) -> torch
 def key_tokens(evaluator: Subject, ids: list[int], options: dict) -> torch.Tensor:
     """(len(ids) - 1,) bool: which tokens after the first are key tokens of a document."""
     stride = options["stride"]
-    long = token_logps(evaluator.model, ids, max(options["lengths"]), stride)
-    short = token_logps(evaluator.model, ids, options["truncated"] + stride, stride)
+    long = -token_losses(evaluator.model, ids, max(options["lengths"]), stride)
+    short = -token_losses(evaluator.model, ids, options["truncated"] + stride, stride)
     return (long - short > GAIN) & (long > LIKELY)
 
 
@@ -141,8 +141,10 @@ def measure(subjects: list[Subject], options: dict) -> dict:
             is_key.append(carry_over(keys, ids, evaluator, own_ids, subject))
         is_key = torch.cat(is_key)
         for length in sorted(options["lengths"]):
-            logps = [token_logps(subject.model, ids, length, options["stride"]) for ids in encoded]
-            table.append(row_of(subject.name, length, torch.cat(logps), is_key))
+            losses = []
+            for ids in encoded:
+                losses.append(token_losses(subject.model, ids, length, options["stride"]))
+            table.append(row_of(subject.name, length, torch.cat(losses), is_key))
     return {"table": table, "evaluator": evaluator.folder,
             "window": subjects[0].config.max_position_embeddings}
 
@@ -175,21 +177,17 @@ def cut_texts(evaluator: Subject, options: dict) -> list[tuple[str, list[int]]]:
     return documents
 
 
-def row_of(name: str, length: int, logps: torch.Tensor, is_key: torch.Tensor) -> dict:
+def row_of(name: str, length: int, losses: torch.Tensor, is_key: torch.Tensor) -> dict:
     """A row of the table, printed."""
-    row = {"model": name, "length": length, "perplexity": perplexity(logps), "tokens": len(logps),
-           "long": None, "key_tokens": int(is_key.sum())}
-    text = "no key tokens"
+    row = {"model": name, "length": length, "perplexity": losses.mean().exp().item(),
+           "tokens": len(losses), "long": None, "key_tokens": int(is_key.sum())}
+    longppl = "no key tokens"
     if is_key.any():
-        row["long"] = perplexity(logps[is_key])
-        text = f"LongPPL {row['long']:8.3f} of {row['key_tokens']}"
-    print_row(name, f"{length:7d} tokens", f"perplexity {row['perplexity']:8.3f} of {len(logps)}",
-              text)
+        row["long"] = losses[is_key].mean().exp().item()
+        longppl = f"LongPPL {row['long']:8.3f} of {row['key_tokens']}"
+    print_row(name, f"{length:7d} tokens",
+              f"perplexity {row['perplexity']:8.3f} of {len(losses)}", longppl)
     return row
-
-
-def perplexity(logps: torch.Tensor) -> float:
-    return (-logps).mean().exp().item()
 
 
 def draw(result: dict, options: dict) -> None:
