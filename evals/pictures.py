@@ -42,7 +42,8 @@ def write_numbers(axis, image, grid: np.ndarray, form: str) -> None:
     """The number in each cell, black on light colours and white on dark ones."""
     for (row, column), value in np.ndenumerate(grid):
         red, green, blue, _ = image.cmap(image.norm(value))
-        brightness = 0.299 * red + 0.587 * green + 0.114 * blue
-        colour = "black" if brightness > 0.5 else "white"
+        # Relative luminance (WCAG 2): below 0.18 white has more contrast with it, above it black.
+        luminance = 0.2126 * red ** 2.2 + 0.7152 * green ** 2.2 + 0.0722 * blue ** 2.2
+        colour = "black" if luminance > 0.18 else "white"
         axis.text(column, row, format(value, form), color=colour, fontsize=9,
                   ha="center", va="center")

@@ -1,4 +1,4 @@
-"""Margins, accuracy and log-probs on a pairs file, as a training run counts them on held-out pairs."""
+"""Margins, accuracy and log-probs on pairs, as a training run counts them on held-out ones."""
 import numpy as np
 import torch
 
@@ -76,10 +76,12 @@ def measure(subjects: list[Subject], options: dict) -> dict:
     table = []
     logps = {}
     for subject in subjects:
-        cfg["model"] = subject.folder
         tokenizer = load_tokenizer(subject.folder, cfg["template"])
-        # Token ids of another tokenizer name other words. load_pairs refuses them.
-        pairs = load_pairs(options["pairs"], cfg, tokenizer)
+        try:
+            # Token ids of another tokenizer name other words: refused here, before the weights.
+            pairs = load_pairs(options["pairs"], cfg, tokenizer)
+        except BadInput as e:
+            raise BadInput(f"{subject.folder}: {e}") from e
         pairs = pairs[-options["last"]:] if options["last"] else pairs
         found = torch.stack([pair_logps(subject, pair, tokenizer, cfg) for pair in pairs])
         logps[subject.name] = found.tolist()

@@ -1,33 +1,43 @@
-"""evals/, sample.py: needles where they belong, and every number against transformers or by hand."""
+"""evals/: needles where they belong, and every number against transformers or by hand."""
+import base64
+import io
 import json
+import math
 import os
 import random
+import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from checkpoint import load_pretrained
+from checkpoint import load_pretrained, save_pretrained
 from configs import BadInput, run_file
-from evals.__main__ import COMMON, main
-from evals.common import Subject, interval, texts
-from evals.needle import Copies, given, hide, needles, sentences_of, span_of
+from data import encode_group
+from evals import needle, perplexity, pictures, preferences, qa
+from evals.__main__ import main, read_command
+from evals.common import Subject, interval, texts, token_span
+from evals.heads import RetrievalScores
 from evals.perplexity import token_losses
-from generate import generate, top_keys
-from pairs.corpus import Corpus, Examples
+from generate import generate
+from model import HEAD_CHUNK, Llama
 from tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
 TINY = str(ROOT / "models" / "tiny")
+WORLD = f"{TINY}/world.py"
 TAIL = "prompt_tail=\nQuestion: {question}\nAnswer:"
+TEXT = "Über den Dächern 😀 liegt 東京の夜. Rosa paints in Naples. Ida naïvely sings in Rome."
 
 
 @pytest.fixture(scope="module")
 def tiny():
-    return Subject(TINY, {**COMMON, "batch": 3})
+    return Subject(TINY, {"dtype": "float32", "batch": 3})
 
 
 @pytest.fixture(scope="module")
@@ -36,27 +46,38 @@ def theirs():
     return transformers.AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32, attn_implementation="eager")
 
 
-def prompts_of(tiny, n, size=100):
-    world = run_file(f"{TINY}/world.py")
+@pytest.fixture(scope="module")
+def pieces(tmp_path_factory):
+    """A folder with a SentencePiece tokenizer, and tiny's model, whose vocabulary is as large."""
+    spm = pytest.importorskip("sentencepiece")
+    world, model = run_file(WORLD), io.BytesIO()
+    lines = [example["context"].strip() for example in world.examples(60, 200, 0)]
+    spm.SentencePieceTrainer.train(sentence_iterator=iter(lines), model_writer=model, vocab_size=552, model_type="bpe", byte_fallback=True,
+                                   normalization_rule_name="identity", remove_extra_whitespaces=False, num_threads=1, minloglevel=2)
+    folder = tmp_path_factory.mktemp("pieces")
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(Path(TINY) / name, folder / name)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "bos_token_id": 1, "eos_token_id": 2}))
+    return folder
+
+
+def prompts_of(subject, n, size=100):
+    world = run_file(WORLD)
     examples = [world.needle("multikey", size, 25 * (i % 5), i) for i in range(n)]
-    return [tiny.prompt(e["context"], "", f"\nQuestion: {e['question']}\nAnswer:") for e in examples]
+    return [subject.prompt(e["context"], "", f"\nQuestion: {e['question']}\nAnswer:") for e in examples]
+
+
+def table_of(path):
+    return json.loads(Path(path).read_text())["table"]
 
 
 # ------------------------------------------------------------------------------------------------------ generation
 
-def test_a_shared_beginning_changes_no_answer(tiny):
-    """Prompts that share 0, some or all but a token of their beginning: the answers are those of each alone."""
-    base, _ = prompts_of(tiny, 1)[0]
-    other, _ = prompts_of(tiny, 2)[1]
-    words = tiny.tokenizer.encode("\nQuestion: Who is Rosa?\nAnswer:")
-    prompts, shared = [base, base[:90] + words, base, other, base[:90] + base[80:]], [90, 90, 90, 0, 400]
-    alone = [generate(tiny.model, [p], 12)[0] for p in prompts]
-    assert generate(tiny.model, prompts, 12, shared=shared) == alone == generate(tiny.model, prompts, 12)
-
-
 def test_greedy_answers_equal_transformers(tiny, theirs):
     prompts = prompts_of(tiny, 12)
-    ours = tiny.answers(prompts, 16)
+    ours = tiny.answers([ids for ids, _ in prompts], [context.stop for _, context in prompts], 16)
     stops = tiny.tokenizer.chat("", "")[2]
     for (ids, _), said in zip(prompts, ours):
         full = theirs.generate(torch.tensor([ids]), max_new_tokens=16, do_sample=False, eos_token_id=stops, pad_token_id=0)[0, len(ids):].tolist()
@@ -65,11 +86,11 @@ def test_greedy_answers_equal_transformers(tiny, theirs):
 
 def test_answers_come_back_in_the_order_of_the_prompts(tiny):
     """Batches are by length; what is seen and said is of the prompt that it belongs to."""
-    prompts, seen = [prompts_of(tiny, 1, size)[0] for size in (100, 40, 80, 60, 90)], {}
-    said = tiny.answers(prompts, 12, look=lambda i, token, tops: seen.setdefault(i, []).append(token))
-    stops = tiny.tokenizer.chat("", "")[2]
+    prompts = [prompts_of(tiny, 1, size)[0][0] for size in (100, 40, 80, 60, 90)]
+    seen, stops = {}, tiny.tokenizer.chat("", "")[2]
+    said = tiny.answers(prompts, [0] * 5, 12, look=lambda i, token, tops: seen.setdefault(i, []).append(token))
     for i, prompt in enumerate(prompts):
-        assert [said[i]] == tiny.answers([prompt], 12)
+        assert [said[i]] == tiny.answers([prompt], [0], 12)
         assert tiny.tokenizer.decode([t for t in seen[i] if t not in stops]) == said[i]
 
 
@@ -85,28 +106,118 @@ def test_heads_look_where_transformers_heads_look(tiny, theirs):
             assert (tops == expected).float().mean() > 0.99                    # near ties may fall either way
 
 
-def test_only_seen_keys_are_looked_at():
-    q, keys = torch.ones(2, 2, 4), torch.tensor([-3.0, -1, -2, 0, 0])[None, None, :, None].expand(2, 1, 5, 4)
-    seen = torch.tensor([[True] * 3 + [False] * 2, [True] + [False] * 4])[:, None, None]
-    assert top_keys(q, keys, seen).tolist() == [[1, 1], [0, 0]]
+# ------------------------------------------------------------------------------------------------ characters, tokens
+
+def said_by(tokenizer, ids):
+    """[(first byte, last + 1)] of each token, from the tokenizer's own table."""
+    processor = getattr(tokenizer._encode, "__self__", None)
+    sizes = []
+    for i in ids:
+        piece = processor.id_to_piece(i)
+        sizes.append(1 if processor.is_byte(i) else len(piece.replace("\u2581", " ").encode()))
+    sizes[0] -= 1                                                # the space that every text begins with
+    ends = np.cumsum(sizes).tolist()
+    return list(zip([0, *ends], ends))
+
+
+def byte_level_folder(tmp_path):
+    """A tokenizer of Llama 3's form: all bytes, and merges, one of them over the border of two characters."""
+    words = [bytes([b]) for b in range(256)] + [b" R", b"os", b" Ros", b" Rosa", "東".encode()[1:], "東".encode()[1:] + "京".encode()[:1]]
+    words += [b"\xff\xfe" + i.to_bytes(3, "big") for i in range(128_000 - len(words))]   # Llama 3 has so many
+    (tmp_path / "tokenizer.model").write_text("".join(f"{base64.b64encode(word).decode()} {i}\n" for i, word in enumerate(words)))
+    return load_tokenizer(tmp_path), words
+
+
+def check_every_span(tokenizer, spans):
+    """token_span of every stretch of TEXT against the tokens whose bytes it has."""
+    ids, size = tokenizer.encode(TEXT), [len(TEXT[:i].encode()) for i in range(len(TEXT) + 1)]
+    assert tokenizer.decode(ids) == TEXT and len(ids) == len(spans) and spans[-1][1] == size[-1]
+    for start in range(len(TEXT)):
+        for end in range(start + 1, min(len(TEXT), start + 12) + 1):
+            holding = [i for i, (a, b) in enumerate(spans) if a < size[end] and b > size[start]]
+            first, last = token_span(ids, start, end, tokenizer)
+            # a token that says nothing, as a lone word mark at the beginning, may stand before
+            assert [i for i in range(first, last) if spans[i][1] > spans[i][0]] == holding, TEXT[start:end]
+
+
+def test_token_spans_of_sentencepiece(pieces):
+    tokenizer = load_tokenizer(pieces)
+    check_every_span(tokenizer, said_by(tokenizer, tokenizer.encode(TEXT)))
+
+
+def test_token_spans_of_byte_level_bpe(tmp_path):
+    tokenizer, words = byte_level_folder(tmp_path)
+    ends = np.cumsum([len(words[i]) for i in tokenizer.encode(TEXT)]).tolist()
+    assert any("東".encode()[1:] + "京".encode()[:1] == words[i] for i in tokenizer.encode(TEXT))
+    check_every_span(tokenizer, list(zip([0, *ends], ends)))
+
+
+# -------------------------------------------------------------------------------------------------- retrieval scores
+
+def watched(subject, ids, needles):
+    """(scores, look) with the whole of ids as the context of each needle."""
+    scores, n = RetrievalScores(subject), len(needles)
+    return scores, scores.watch([ids] * n, [range(len(ids))] * n, [SimpleNamespace(needle=text) for text in needles])
 
 
 def test_retrieval_scores_count_what_was_copied_from_the_needle(tiny):
-    copies = Copies(tiny)
+    """Eq. 5 by hand: the arg-max lies on the needle's token, in the step that writes this token."""
     ids = tiny.tokenizer.encode(" Snow falls in Turin. Rosa paints in Naples. Fog drifts in Paris.")
-    look = copies.watching([(ids, "Rosa paints in Naples.")])
-    start, end = span_of(ids, "Rosa paints in Naples.", tiny.tokenizer)
-    assert tiny.tokenizer.decode(ids[start:end]).strip() == "Rosa paints in Naples."
-    tops = torch.zeros(copies.shape, dtype=torch.long)
+    scores, look = watched(tiny, ids, ["Rosa paints in Naples."])
+    needle_at = scores.find(ids, range(len(ids)), "Rosa paints in Naples.")
+    start, end = needle_at.start, needle_at.stop
+    assert tiny.tokenizer.decode(ids[start:end]) == " Rosa paints in Naples." and end - start == 5
+    tops = torch.zeros(scores.shape, dtype=torch.long)
     tops[1, 2] = start + 1
     look(0, ids[start + 1], tops)         # head 1.2 looked at "paints" when "paints" was written
     look(0, ids[start + 1], tops)         # the same token again counts once
-    other = torch.zeros(copies.shape, dtype=torch.long)
+    other = torch.zeros(scores.shape, dtype=torch.long)
     other[0, 1], other[0, 2] = start + 1, end + 1
     look(0, ids[start + 2], other)        # looked at "paints" or behind the needle, wrote "in": no copies
-    scores = copies.scores()
-    assert scores[1, 2] == 1 / (end - start) and scores.sum() == scores[1, 2]
-    assert span_of(ids, "Ida", tiny.tokenizer) == (0, 0)
+    assert scores.mean()[1, 2] == 1 / 5 and scores.mean().sum() == scores.mean()[1, 2]
+
+
+def test_retrieval_scores_of_a_sentencepiece_model(pieces):
+    """By hand: of the needle's tokens, a head copies all but the first, another one none."""
+    subject = Subject(str(pieces), {"dtype": "float32"})
+    fact, context = "Rosa paints in Naples.", " Snow falls in Turin. Rosa paints in Naples. Fog drifts."
+    prefix, ids = [1, 300, 301], subject.tokenizer.encode(context)
+    words = [subject.tokenizer._encode.__self__.id_to_piece(i) for i in ids]
+    text = "".join(words).replace("\u2581", " ")[1:]             # the mark that every text begins with
+    ends = np.cumsum([len(word) for word in words]) - 1
+    expected = [len(prefix) + i for i, end in enumerate(ends)
+                if end > text.index(fact) and end - len(words[i]) < text.index(fact) + len(fact)]
+    scores = RetrievalScores(subject)
+    place = range(len(prefix), len(prefix) + len(ids))
+    look = scores.watch([prefix + ids], [place], [SimpleNamespace(needle=fact)])
+    assert list(scores.find(prefix + ids, place, fact)) == expected
+    for position in expected[1:]:
+        tops = torch.zeros(scores.shape, dtype=torch.long)
+        tops[2, 0] = position
+        look(0, (prefix + ids)[position], tops)
+    assert scores.mean()[2, 0].item() == pytest.approx((len(expected) - 1) / len(expected))
+    assert scores.mean().sum() == scores.mean()[2, 0] and scores.left_out == 0
+
+
+def test_a_needle_that_is_not_found_is_left_out_and_counted(tiny, capsys):
+    ids = tiny.tokenizer.encode(" Snow falls in Turin. Rosa paints in Naples.")
+    scores, look = watched(tiny, ids, ["Ida", "Rosa paints in Naples."])
+    tops = torch.full(scores.shape, scores.find(ids, range(len(ids)), "Rosa paints in Naples.").start)
+    look(0, ids[tops[0, 0]], tops)
+    look(1, ids[tops[0, 0]], tops)
+    scores.print()
+    assert scores.left_out == 1 and torch.equal(scores.mean(), torch.full(scores.shape, 1 / 5))  # not 1 / 10
+    assert "1 of 2 needles not found" in capsys.readouterr().out
+    nothing, _ = watched(tiny, ids, ["Ida"])
+    nothing.print()
+    assert nothing.mean().tolist() == [] and "1 of 1 needles not found" in capsys.readouterr().out
+
+
+def test_the_needle_command_finds_sentencepiece_needles(pieces, tmp_path):
+    main(["needle", str(pieces), f"haystack={WORLD}", "tasks=single", "lengths=[40]", "depths=[0,50,100]", "samples=2",
+          "max_new_tokens=2", "retrieval=True", f"out={tmp_path}"])
+    found = json.loads((tmp_path / "needle.json").read_text())
+    assert found["left_out"] == {pieces.name: 0} and np.shape(found["heads"][pieces.name]) == (3, 4)
 
 
 # --------------------------------------------------------------------------------------------------------- needles
@@ -118,26 +229,31 @@ def test_wilson_intervals():
 
 
 def test_the_score_is_the_share_of_the_answers_given():
-    assert given("It is 12 and 34.", ["34", "12", "56", "1"]) == 0.5
+    assert needle.given("It is 12 and 34.", ["34", "12", "56", "1"]) == 0.5
 
 
-@pytest.mark.parametrize("task", ["single", "multikey", "multivalue", "multiquery", "variables"])
+@pytest.mark.parametrize("task", needle.TASKS)
 def test_needles_lie_where_the_depth_says(tiny, task):
-    hay = sentences_of("")
     for depth in (0, 25, 50, 75, 100):
-        facts, question, answers = needles(task, random.Random(depth))
-        context = hide(facts, hay, 3000, depth, load_tokenizer(TINY), random.Random(1))
+        facts, question, answers = needle.make_facts(task, random.Random(depth))
+        context = needle.hide(facts, needle.NOISE, 3000, depth, tiny.tokenizer, random.Random(1))
         assert all(fact in context for fact in facts) and len(answers) == {"single": 1, "multikey": 1, "variables": 4}.get(task, 4)
         if task != "variables":
             assert abs(context.index(facts[0]) / (len(context) - len(facts[0])) - depth / 100) < 0.03
-        else:
-            places = [context.index(fact) for fact in facts]
-            assert places == sorted(places)                      # a variable is assigned before it is used
         assert len(facts) == (1 if task == "single" else 4)
 
 
+def test_a_variable_is_assigned_before_it_is_used(tiny):
+    """Also where two facts of a chain fall on one place."""
+    for seed in range(40):
+        facts, _, _ = needle.make_facts("variables", random.Random(seed))
+        context = needle.hide(facts, needle.NOISE, 60, 50, tiny.tokenizer, random.Random(seed))
+        places = [context.index(fact) for fact in facts]
+        assert places == sorted(places)
+
+
 def test_the_tiny_worlds_needles():
-    world = run_file(f"{TINY}/world.py")
+    world = run_file(WORLD)
     for task in ("single", "multikey", "multiquery"):
         for depth in (0, 50, 100):
             e = world.needle(task, 400, depth, 3)
@@ -146,101 +262,436 @@ def test_the_tiny_worlds_needles():
 
 
 def test_needle_command(tmp_path, capsys):
-    main(["needle", TINY, f"haystack={TINY}/world.py", "tasks=multikey", "lengths=[60,100]", "depths=[0,100]", "samples=3",
-                     TAIL, "max_new_tokens=16", "retrieval=True", f"out={tmp_path}", f"compare={TINY}/", "window=80"])
+    main(["needle", TINY, f"haystack={WORLD}", "tasks=multikey", "lengths=[60,100]", "depths=[0,100]", "samples=3",
+          TAIL, "max_new_tokens=16", "retrieval=True", f"out={tmp_path}", f"compare={TINY}/", "window=80"])
     found = json.loads((tmp_path / "needle.json").read_text())
     assert len(found["table"]) == 8 and {r["length"] for r in found["table"]} == {60, 100}
-    assert np.mean([r["score"] for r in found["table"]]) > 0.8 and "heads" in found
-    assert "retrieval heads" in capsys.readouterr().out
+    assert np.mean([r["score"] for r in found["table"]]) > 0.8 and found["window"] == 80
+    out = capsys.readouterr().out
+    assert "retrieval heads" in out and (tmp_path / "needle_multikey.png").is_file() == (tmp_path / "retrieval.png").is_file()
 
 
 # ------------------------------------------------------------------------------------------------------ perplexity
 
+def windows(ids, length, stride):
+    """(window, how many of its last tokens it scores), as a list: (Press et al., 2021)."""
+    done, found = 0, []
+    for begin in range(0, len(ids), stride):
+        if done < len(ids) - 1:
+            window = ids[begin:begin + length]
+            found.append((window, begin + len(window) - 1 - done))
+            done = begin + len(window) - 1
+    return found
+
+
+@torch.no_grad()
+def float64_losses(model, ids, length, stride):
+    """-log softmax of transformers' logits, in float64."""
+    losses = []
+    for window, scored in windows(ids, length, stride):
+        logps = model(torch.tensor([window])).logits[0, :-1].double().log_softmax(-1)
+        losses.append(-logps[torch.arange(len(window) - 1), window[1:]][len(window) - 1 - scored:])
+    return torch.cat(losses)
+
+
 def test_perplexity_equals_transformers_on_the_same_windows(tiny, theirs):
-    text = run_file(f"{TINY}/world.py").world(random.Random(0), 330)[0]
-    ids = tiny.tokenizer.encode(text)
+    ids = tiny.tokenizer.encode(run_file(WORLD).world(random.Random(0), 330)[0])
     for length, stride in ((64, 16), (100, 99), (64, 64 - 1), (400, 50)):
-        ours, expected, done = token_losses(tiny.model, ids, length, stride), [], 0
-        for begin in range(0, len(ids) - 1, stride):
-            window = torch.tensor([ids[begin:begin + length]])
-            labels = window.clone()
-            labels[0, :done + 1 - begin] = -100                      # scored by the window before
-            count = int((labels[0, 1:] != -100).sum())
-            expected.append(float(theirs(window, labels=labels).loss) * count)
-            done = begin + window.shape[1] - 1
-            if done == len(ids) - 1:
-                break
+        ours = token_losses(tiny.model, ids, length, stride)
         assert len(ours) == len(ids) - 1
-        assert ours.sum() / len(ours) == pytest.approx(sum(expected) / len(ours), abs=1e-4)
+        torch.testing.assert_close(ours.double(), float64_losses(theirs, ids, length, stride), atol=1e-4, rtol=1e-4)
 
 
-def test_perplexity_command(tmp_path, capsys):
-    main(["perplexity", TINY, f"text={TINY}/world.py", "lengths=[64,128]", "stride=32", "tokens=300", "documents=2", f"out={tmp_path}"])
-    rows = json.loads((tmp_path / "perplexity.json").read_text())["table"]
-    assert [row["length"] for row in rows] == [64, 128] and rows[0]["long"] is None and rows[0]["tokens"] == 2 * 299
-    model, gained, total = load_pretrained(TINY), 0, 0.0         # LongPPL, by hand
-    for text in texts(f"{TINY}/world.py")[:2]:
-        ids = load_tokenizer(TINY).encode(text)[:300]
-        short, long = (token_losses(model, ids, n, 32) for n in (64, 128))
-        gained, total = gained + int((short > long + 0.05).sum()), total + float(long[short > long + 0.05].sum())
-    main(["perplexity", TINY, f"text={TINY}/world.py", "lengths=[64,128]", "stride=32", "tokens=300", "documents=2", "gain=0.05", f"out={tmp_path}"])
-    row = json.loads((tmp_path / "perplexity.json").read_text())["table"][1]
-    assert gained >= 3 and row["key_tokens"] == gained and row["long"] == pytest.approx(np.exp(total / gained), rel=1e-4)
-    with pytest.raises(BadInput, match="stride=128"):
-        main(["perplexity", TINY, f"text={TINY}/world.py", "lengths=[64]", "stride=128"])
+def test_logits_exist_for_a_chunk_of_scored_rows_only(tiny, monkeypatch):
+    ids, rows = (tiny.tokenizer.encode(" Rosa paints in Naples.") * 160)[:700], []
+    expected = token_losses(tiny.model, ids, 650, 50)
+    one_by_one = Llama.token_logps
+
+    def counted(self, x, targets):
+        rows.append(len(x))
+        return one_by_one(self, x, targets)
+    monkeypatch.setattr(Llama, "token_logps", counted)
+    monkeypatch.setattr(Llama, "logits", lambda *args: pytest.fail("logits of whole windows"))
+    assert torch.equal(token_losses(tiny.model, ids, 650, 50), expected)
+    assert max(rows) <= HEAD_CHUNK and sum(rows) == len(ids) - 1     # each token once
+
+
+def long_text(seed):
+    """Facts, filler that is longer than the truncated context, and the facts again: what LongPPL looks for."""
+    world = run_file(WORLD)
+    rng = random.Random(seed)
+    context, facts = world.world(rng, 80, people=2)
+    asked = [f"\nQuestion: Who is {name}?\nAnswer: {fact}" for name, fact in facts.items()]
+    return context + "".join(asked) + world.world(rng, 60, people=1)[0]
+
+
+def write_texts(folder, n=6):
+    folder = folder / "texts"
+    folder.mkdir()
+    for i in range(n):
+        (folder / f"{i}.txt").write_text(long_text(i))
+    return [f"text={folder}", "lengths=[96,128]", "stride=8", "truncated=16", "tokens=400"]
+
+
+def test_longppl_is_the_papers_formula(tiny, theirs, tmp_path):
+    """In float64, from transformers' logits: gain > 2, long log-prob > -2, over one evaluator's windows."""
+    words = write_texts(tmp_path)
+    main(["perplexity", TINY, *words, f"out={tmp_path}"])
+    rows = table_of(tmp_path / "perplexity.json")
+    encoded = [tiny.tokenizer.encode(long_text(i)) for i in range(6)]
+    assert all(len(ids) > 128 for ids in encoded)
+    long = torch.cat([float64_losses(theirs, ids, 128, 8) for ids in encoded])
+    short = torch.cat([float64_losses(theirs, ids, 16 + 8, 8) for ids in encoded])
+    key = (short - long > 2) & (long < 2)
+    assert ((short - long - 2).abs() > 1e-3).all() and 10 < key.sum() < ((short - long) > 2).sum()  # both terms matter
+    for row in rows:
+        losses = torch.cat([float64_losses(theirs, ids, row["length"], 8) for ids in encoded])
+        assert row["key_tokens"] == key.sum() and row["tokens"] == len(losses)
+        assert row["long"] == pytest.approx(losses[key].mean().exp().item(), rel=1e-4)
+        assert row["perplexity"] == pytest.approx(losses.mean().exp().item(), rel=1e-4)
+
+
+def test_the_short_context_has_truncated_tokens_or_up_to_stride_more():
+    """The paper's code: a step of `stride` tokens shares one window, whose first `truncated` are not judged."""
+    truncated, stride, ids = 16, 8, list(range(100))
+    token = 0
+    for window, scored in windows(ids, truncated + stride, stride):
+        for i in range(len(window) - scored, len(window)):
+            token += 1
+            assert window[i] == token and (token < truncated + stride or truncated <= i < truncated + stride)
+
+
+def test_one_set_of_key_tokens_for_all_models_and_lengths(tiny, tmp_path):
+    """Whichever model is judged, the evaluator's key tokens are the ones."""
+    words, other = write_texts(tmp_path), tmp_path / "other"
+    model = load_pretrained(TINY)
+    torch.manual_seed(0)
+    for p in model.parameters():
+        p.data += 0.02 * torch.randn_like(p)
+    save_pretrained(model, str(other), tokenizer=TINY)
+    counts = {}
+    for folder, compare, evaluator in ((TINY, other, ""), (other, TINY, ""), (other, TINY, TINY), (other, "", TINY)):
+        main(["perplexity", str(folder), *words, f"compare={compare or ''}", f"evaluator={evaluator}", f"out={tmp_path}"])
+        rows = table_of(tmp_path / "perplexity.json")
+        assert len({row["key_tokens"] for row in rows}) == 1
+        counts[str(folder), str(evaluator)] = rows[0]["key_tokens"]
+        if evaluator or folder == TINY:
+            long = {Path(row["model"]).name: row["long"] for row in rows if row["length"] == 128}["other"]
+            counts.setdefault("other", long)
+            assert long == counts["other"]                           # the same tokens of the same texts
+    assert counts[str(other), TINY] == counts[TINY, ""] != counts[str(other), ""]
+
+
+def test_key_tokens_of_another_tokenizer_are_those_of_the_same_characters(tiny, pieces):
+    """A run of key tokens is a stretch of text; in other tokens, those wholly within it."""
+    text = " Snow falls in Turin. Rosa paints in Naples. Fog drifts in Paris."
+    other = Subject(str(pieces), {"dtype": "float32"})
+    ids, other_ids = tiny.tokenizer.encode(text), other.tokenizer.encode(text)
+    assert len(other_ids) > len(ids)
+    words = [other.tokenizer._encode.__self__.id_to_piece(i).replace("\u2581", " ") for i in other_ids]
+    ends = np.cumsum([len(word) for word in words]) - 1              # the mark that every text begins with
+    for first, last in ((5, 7), (5, 6), (9, 10), (1, len(ids))):     # tokens of " Rosa paints", " Rosa", " Naples", all but the first
+        is_key = torch.zeros(len(ids) - 1, dtype=torch.bool)
+        is_key[first - 1:last - 1] = True
+        start, stop = len(tiny.tokenizer.decode(ids[:first])), len(tiny.tokenizer.decode(ids[:last]))
+        expected = [end - len(word) >= start and end <= stop for word, end in zip(words, ends)][1:]
+        assert perplexity.carry_over(is_key, ids, tiny, other_ids, other).tolist() == expected and any(expected)
+    assert perplexity.carry_over(is_key, ids, tiny, ids, tiny) is is_key
+    with pytest.raises(BadInput, match="does not keep the text"):
+        perplexity.carry_over(is_key, ids, tiny, other_ids[:-1], other)
+
+
+def test_perplexity_command_without_key_tokens(tmp_path, capsys):
+    main(["perplexity", TINY, f"text={WORLD}", "lengths=[64,128]", "stride=32", "truncated=64", "tokens=300", "documents=2", f"out={tmp_path}"])
+    rows = table_of(tmp_path / "perplexity.json")
+    assert [row["length"] for row in rows] == [64, 128] and rows[0]["tokens"] == 2 * 299
+    assert rows[0]["long"] is None and "no key tokens" in capsys.readouterr().out
     with pytest.raises(BadInput, match="no text has more than 9000 tokens"):
-        main(["perplexity", TINY, f"text={TINY}/world.py", "lengths=[9000]", f"out={tmp_path}"])
+        main(["perplexity", TINY, f"text={WORLD}", "lengths=[9000]", f"out={tmp_path}"])
 
 
-# -------------------------------------------------------------------------------------------- qa, preferences, sample
+# ----------------------------------------------------------------------------------------------------------------- qa
 
-def test_qa_command(tmp_path):
-    world = run_file(f"{TINY}/world.py")
-    rows = []
+def test_token_f1_by_hand():
+    assert qa.token_f1("The Paris of 1889, an exhibition!", "the exhibition of Paris in 1889") == pytest.approx(8 / 9)  # P 1, R 4/5
+    assert qa.token_f1("", "Paris") == 0 and qa.token_f1("paris paris", "Paris") == pytest.approx(2 / 3)
+
+
+def test_token_f1_is_two_precision_recall_over_their_sum():
+    words, rng = "Paris Rome 1889 city of light exhibition".split(), random.Random(0)
+    for _ in range(50):
+        found, wanted = rng.choices(words, k=4), rng.choices(words, k=3)
+        same = sum(min(Counter(found)[w], Counter(wanted)[w]) for w in set(found))
+        precision, recall = same / 4, same / 3
+        expected = 2 * precision * recall / (precision + recall) if same else 0
+        assert qa.token_f1(" ".join(found), " ".join(wanted)) == pytest.approx(expected)
+
+
+def test_qa_command_on_passages(tmp_path, tiny):
+    world, rows = run_file(WORLD), []
     for i in range(12):
-        context, facts = world.world(random.Random(i), 60)
+        _, facts = world.world(random.Random(i), 60)
         question, answer = world.ask(random.Random(i), facts, 1)
         rows.append({"question": question, "answers": [answer], "text": answer + f" Snow falls in {world.CITIES[i]}."})
     (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    main(["qa", TINY, f"examples={tmp_path / 'q.jsonl'}", "passages=[1,4]", "questions=12", TAIL, f"out={tmp_path}"])
-    table = json.loads((tmp_path / "qa.json").read_text())["table"]
+    asked = []
+    answers = Subject.answers
+
+    def noted(self, prompts, *rest):
+        asked.append(prompts)
+        return answers(self, prompts, *rest)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Subject, "answers", noted)
+        main(["qa", TINY, f"examples={tmp_path / 'q.jsonl'}", "passages=[1,4]", "questions=12", TAIL, f"out={tmp_path}"])
+    table = table_of(tmp_path / "qa.json")
     assert [r["passages"] for r in table] == [1, 4] and table[0]["right"] >= 0.4 and table[0]["f1"] > 0.6
-    corpus = Corpus(str(tmp_path / "q.jsonl"), {"strict": True, "questions": 1})
-    order = np.random.default_rng(0).permutation(12)
-    found = Examples(corpus, order, 4, 0)
-    places = [found[i]["context"].index(corpus[order[i]]["passage"]) for i in range(12)]
-    assert [asked for _, asked in table[1]["by_place"]] == [sum(p < 2 for p in places), places.count(2), places.count(3)]
+    places = []
+    for ids in asked[1]:                                             # by hand, from the prompts of four passages
+        context, question = tiny.tokenizer.decode(ids).rsplit("\nQuestion: ", 1)
+        gold = next(row["text"] for row in rows if row["question"] in question and row["text"] in context)
+        places.append([p.strip() for p in context.strip().split("\n\n")].index(gold))
+    assert [n for _, n in table[1]["by_place"]] == [sum(p < 2 for p in places), places.count(2), places.count(3)]
+    assert sum(good for good, _ in table[1]["by_place"]) == round(12 * table[1]["right"])
 
 
-def test_preferences_equal_the_training_runs_metrics(tmp_path):
-    """The held-out metrics that a run logged before its first step."""
-    out = tmp_path / "run"
+@pytest.mark.parametrize("as_list", [False, True])
+def test_qa_command_on_contexts_as_they_are(tmp_path, capsys, as_list):
+    """{context, question, answers}: asked once, whatever passages says, and with no place."""
+    rows = []
+    for example in run_file(WORLD).examples(6, 60, 1):
+        context = [example["context"], " Snow falls in Turin."] if as_list else example["context"]
+        rows.append({"context": context, "question": example["question"], "answers": example["answers"]})
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    main(["qa", TINY, f"examples={tmp_path / 'q.jsonl'}", TAIL, f"out={tmp_path}"])
+    row, = table_of(tmp_path / "qa.json")
+    assert row["n"] == 6 and row["right"] > 0.5 and row["passages"] is None and row["by_place"] is None
+    out = capsys.readouterr().out
+    assert "gold" not in out and "passages" not in out
+
+
+# -------------------------------------------------------------------------------------------------------- preferences
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of one step: its pairs' file, and what it logged before that step."""
+    out = tmp_path_factory.mktemp("run")
     done = subprocess.run([sys.executable, "train_logo.py", "configs/tiny.py", "n_examples=40", "steps=1", "batch_size=4", "micro_batch=4",
                            "held_out=8", "fresh_questions=0", "rope_theta=0", f"out={out}", "save_interval=1",
                            f"evals=['needle haystack={TINY}/world.py lengths=[60] depths=[50] samples=1']"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert os.listdir(out / "eval" / "step_000001") and json.loads((out / "eval" / "step_000001" / "needle.json").read_text())["table"]
-    assert not (out / "eval" / "step_000001" / "step_000001").exists()  # the merged model was only for that
-    before = json.loads((out / "result.json").read_text())["before"]["held_out"]
-    (tmp_path / "c.py").write_text((ROOT / "configs" / "tiny.py").read_text())
-    main(["preferences", TINY, f"pairs={out / 'pairs.jsonl'}", f"config={tmp_path / 'c.py'}", "last=8", f"out={tmp_path}"])
-    row, = json.loads((tmp_path / "preferences.json").read_text())["table"]
-    for key in ("rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected"):
+    return out
+
+
+METRICS = ("rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected")
+
+
+def test_a_checkpoint_is_evaluated_in_between(run):
+    assert table_of(run / "eval" / "step_000001" / "needle.json")
+    assert not (run / "eval" / "step_000001" / "step_000001").exists()  # the merged model was only for that
+
+
+def test_preferences_equal_the_training_runs_metrics(run, tmp_path):
+    """The held-out metrics that a run logged before its first step."""
+    before = json.loads((run / "result.json").read_text())["before"]["held_out"]
+    main(["preferences", TINY, f"pairs={run / 'pairs.jsonl'}", "config=configs/tiny.py", "last=8", f"out={tmp_path}"])
+    row, = table_of(tmp_path / "preferences.json")
+    for key in METRICS:
         assert row[key] == pytest.approx(before[key], abs=1e-4), key
 
 
-def test_sample_answers_and_says_where_it_looked(tmp_path):
-    (tmp_path / "c.txt").write_text(" Snow falls in Turin. The old bridge leans. Rosa paints in Naples. Fog drifts in Paris.")
-    done = subprocess.run([sys.executable, "sample.py", TINY, "Who is Rosa?", f"context={tmp_path / 'c.txt'}",
-                           "tail=\nQuestion: {question}\nAnswer:", "chunk_size=6"], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.strip() == "Rosa paints in Naples." and "looked at and copied from" in done.stderr and "Naples" in done.stderr
+def test_preferences_take_prompts_from_the_header_and_the_rest_from_the_command_line(run, tmp_path):
+    """Another prompt in the config changes nothing; beta on the command line does, by its factor."""
+    pairs = f"pairs={run / 'pairs.jsonl'}"
+    (tmp_path / "c.py").write_text((ROOT / "configs" / "tiny.py").read_text() + "\nconfig['prompt_tail'] = ' Say: {question}'\n")
+    found = []
+    tiny_config = run_file(str(ROOT / "configs" / "tiny.py")).config
+    given = [f"{key}={tiny_config[key]}" for key in ("window", "positions", "draws", "gamma")] + ["sparse_share=0.1"]
+    for words in ([f"config={tmp_path / 'c.py'}"], ["config=configs/tiny.py"], [*given, f"beta={tiny_config['beta']}"],
+                  [*given, f"beta={2 * tiny_config['beta']}"]):
+        main(["preferences", TINY, pairs, *words, "last=8", f"out={tmp_path}"])
+        found.append(table_of(tmp_path / "preferences.json")[0])
+    assert found[0] == found[1] == found[2]
+    assert found[3]["rewards/margins"] == pytest.approx(2 * found[0]["rewards/margins"], rel=1e-5)
+
+
+@pytest.mark.parametrize("words, message", [
+    ([], "does not say window, positions, sparse_share, draws, beta, gamma"), (["window=1024", "beta=2"], "does not say positions"),
+    (["config=configs/tiny.py", "positions=sideways"], "positions is 'sideways'")])
+def test_preferences_take_nothing_in_silence(run, words, message):
+    with pytest.raises(BadInput, match=message):
+        main(["preferences", TINY, f"pairs={run / 'pairs.jsonl'}", *words])
+
+
+def test_pairs_without_settings_need_a_config(run, tmp_path):
+    lines = (run / "pairs.jsonl").read_text().splitlines()
+    (tmp_path / "pairs.jsonl").write_text("\n".join(lines[1:]) + "\n")
+    with pytest.raises(BadInput, match="its first line has no settings: name the config"):
+        main(["preferences", TINY, f"pairs={tmp_path / 'pairs.jsonl'}"])
+
+
+def test_pairs_of_another_tokenizer_are_refused(run, tiny, pieces, tmp_path):
+    header, *lines = (run / "pairs.jsonl").read_text().splitlines()
+    settings = {**json.loads(header)["settings"], "tokenizer": tiny.tokenizer.digest}
+    (tmp_path / "pairs.jsonl").write_text("\n".join([json.dumps({"settings": settings}), *lines]) + "\n")
+    with pytest.raises(BadInput, match=f"{pieces}.*{tiny.tokenizer.digest}"):
+        main(["preferences", str(pieces), f"pairs={tmp_path / 'pairs.jsonl'}", "config=configs/tiny.py"])
+
+
+def test_log_probs_of_pairs_are_transformers(run, tiny, theirs):
+    """Each answer in a row of its own, at the group's positions, in float64."""
+    cfg = preferences.settings_of({**preferences.OPTIONS, "pairs": str(run / "pairs.jsonl"), "config": "configs/tiny.py"})
+    pair = preferences.load_pairs(str(run / "pairs.jsonl"), {**cfg, "model": TINY}, tiny.tokenizer)[0]
+    batch = encode_group(pair, tiny.tokenizer, cfg)
+    prompt, *answers = batch.segments
+    expected = []
+    for answer in answers:
+        rows = [*range(prompt.end), *range(answer.start, answer.end)]
+        mask = torch.zeros(len(rows), len(rows)).masked_fill(~torch.ones(len(rows), len(rows)).tril().bool(), -math.inf)
+        logits = theirs(batch.tokens[rows][None], position_ids=batch.positions[rows][None], attention_mask=mask[None, None]).logits[0]
+        logps = logits[prompt.end:].double().log_softmax(-1)
+        expected.append(logps.gather(1, batch.targets[answer.start:answer.end, None]).mean())
+    torch.testing.assert_close(preferences.pair_logps(tiny, pair, tiny.tokenizer, cfg).double(), torch.stack(expected), atol=1e-4, rtol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------ results and pictures
+
+def test_a_word_that_is_not_utf8_loses_no_result(tmp_path):
+    folder = os.fsencode(tmp_path) + b"/\xff"
+    words = ["needle", TINY, f"haystack={WORLD}", "lengths=[40]", "depths=[50]", "samples=1", "max_new_tokens=2"]
+    done = subprocess.run([sys.executable, "-m", "evals", *words, b"out=" + folder], cwd=ROOT, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(open(folder + b"/needle.json", encoding="utf-8", errors="surrogateescape").read())
+    assert found["table"] and os.fsencode(found["options"]["out"]) == folder
+    assert folder + b"/needle.json" in done.stdout
+
+
+@pytest.mark.parametrize("error", [OSError("disk is full"), ValueError("no such glyph"), ImportError("matplotlib")])
+def test_a_picture_that_fails_leaves_the_result(tmp_path, monkeypatch, capsys, error):
+    def fail(*args):
+        raise error
+    monkeypatch.setattr(needle, "save_panels", fail)
+    main(["needle", TINY, f"haystack={WORLD}", "lengths=[40]", "depths=[50]", "samples=1", "max_new_tokens=2", f"out={tmp_path}"])
+    assert table_of(tmp_path / "needle.json") and "no picture: " in capsys.readouterr().out
+
+
+def axes_of(monkeypatch, draw, *args):
+    """The axes that a draw function painted."""
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    kept = []
+    monkeypatch.setattr(pyplot, "close", kept.append)
+    draw(*args)
+    figure, = kept
+    return figure.axes
+
+
+def test_the_ticks_of_perplexity_are_the_lengths(tmp_path, monkeypatch):
+    table = [{"model": "a", "length": n, "perplexity": p} for n, p in ((96, 5.0), (384, 4.0), (1536, 6.0))]
+    axis, = axes_of(monkeypatch, perplexity.draw, {"table": table, "window": 400}, {"lengths": [1536, 96, 384], "out": str(tmp_path)})
+    assert axis.get_xticks().tolist() == [96, 384, 1536] and [label.get_text() for label in axis.get_xticklabels()] == ["96", "384", "1536"]
+    assert axis.get_xticks(minor=True).tolist() == [] and axis.lines[0].get_ydata().tolist() == [5, 4, 6]
+
+
+def test_needle_pictures_show_each_score_in_its_cell(tmp_path, monkeypatch):
+    rows = [{"model": m, "length": n, "depth": d, "score": s + (0.25 if m == "b" else 0)}
+            for m in "ab" for n, scores in ((64, (0.5, 0.25)), (128, (0.75, 0))) for d, s in zip((0, 100), scores)]
+    options = {"lengths": [64, 128], "depths": [0, 100], "out": str(tmp_path)}
+    axes = axes_of(monkeypatch, needle.draw_task, "single", rows, 100, options)
+    shown = [[text.get_text() for text in axis.texts] for axis in axes if axis.get_xlabel()]
+    assert shown == [["0.50", "0.75", "0.25", "0.00"], ["0.75", "1.00", "0.50", "0.25"], ["+0.25"] * 4]
+    assert {text.get_fontsize() for axis in axes for text in axis.texts} == {9}
+
+
+def relative_luminance(colour):
+    """Of WCAG 2, from sRGB."""
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in colour[:3]]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+@pytest.mark.parametrize("difference", [False, True])
+def test_numbers_can_be_read_on_every_colour(difference):
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    figure, axis = pyplot.subplots()
+    values = np.linspace(-1 if difference else 0, 1, 101)[None]
+    image = pictures.heat_map(axis, values, values.min(), 1, difference)
+    pictures.write_numbers(axis, image, values, ".2f")
+    for text, value in zip(axis.texts, values[0]):
+        cell, ink = relative_luminance(image.cmap(image.norm(value))), {"black": 0, "white": 1}[text.get_color()]
+        assert (max(cell, ink) + 0.05) / (min(cell, ink) + 0.05) >= 4.5     # what WCAG asks for of small text
+    pyplot.close(figure)
+
+
+def test_better_and_worse_differ_for_the_colour_blind():
+    """Deuteranopia and protanopia as by Machado et al. (2009), severity 1: the ends stay far apart, in hue order."""
+    pytest.importorskip("matplotlib")
+    from matplotlib.colors import to_rgb
+    deutan = np.array([[0.367, 0.861, -0.228], [0.280, 0.673, 0.047], [-0.012, 0.043, 0.969]])
+    protan = np.array([[0.152, 1.053, -0.205], [0.115, 0.786, 0.099], [-0.004, -0.048, 1.052]])
+    worse, even, better = (np.array(to_rgb(colour)) for colour in pictures.BLUE_ORANGE)
+    for seen in (np.eye(3), deutan, protan):
+        assert np.linalg.norm(seen @ worse - seen @ better) > 0.8
+        assert min(np.linalg.norm(seen @ end - seen @ even) for end in (worse, better)) > 0.5
+
+
+# ------------------------------------------------------------------------------------------------------------- options
+
+NEEDLE, QA, PPL = ["needle", TINY], ["qa", TINY, f"examples={WORLD}"], ["perplexity", TINY, f"text={WORLD}"]
+
+
+@pytest.mark.parametrize("words, message", [
+    ([*NEEDLE, "batch=0"], "batch is 0"), ([*NEEDLE, "samples=0"], "samples is 0"), ([*NEEDLE, "lengths=[]"], r"lengths is \[\]"),
+    ([*NEEDLE, "lengths=[64,0]"], "lengths is"), ([*NEEDLE, "lengths=['a']"], "lengths is"), ([*NEEDLE, "depths=[50,101]"], "depths is"),
+    ([*NEEDLE, "depths=[]"], "depths is"), ([*NEEDLE, "dtype=nn"], "dtype is 'nn'"), ([*NEEDLE, f"seed={10 ** 20}"], "seed is 1000"),
+    ([*NEEDLE, "seed=10**20"], "seed is '10"), ([*NEEDLE, "tasks=many"], "expected some of single"), ([*NEEDLE, "max_new_tokens=0"], "max_new_tokens is 0"),
+    ([*NEEDLE, "haystack=nowhere"], "haystack=nowhere"), ([*QA, "passages=[]"], "passages is"), ([*QA, "questions=0"], "questions is 0"),
+    ([*QA, "prompt_tail=Say"], "prompt_tail"), ([*QA, "examples="], "examples is empty"), ([*PPL, "lengths=[64]", "stride=64"], "stride is 64"),
+    ([*PPL, "lengths=[64,128]", "stride=32", "truncated=96"], "truncated is 96"), ([*PPL, "documents=0"], "documents is 0"),
+    ([*PPL, "text=nowhere"], "text=nowhere"), (["preferences", TINY], "pairs is empty"), ([*NEEDLE, "task=single"], "did you mean 'tasks'?")])
+def test_options_are_checked_before_a_model_is_read(words, message, monkeypatch):
+    monkeypatch.setattr("evals.common.load_pretrained", lambda *args: pytest.fail("the model was read"))
+    with pytest.raises(BadInput, match=message) as found:
+        main(words)
+    assert "\n" not in str(found.value)
+
+
+def test_both_folders_are_looked_at_before_a_model_is_read(monkeypatch):
+    monkeypatch.setattr("evals.common.load_pretrained", lambda *args: pytest.fail("the model was read"))
+    with pytest.raises(BadInput, match="nowhere"):
+        main([*NEEDLE, f"haystack={WORLD}", "compare=nowhere"])
+    with pytest.raises(BadInput, match="nowhere"):
+        main([*PPL, "evaluator=nowhere", "lengths=[64,128]", "stride=8", "truncated=16"])
+
+
+@pytest.mark.parametrize("command", ["needle", "qa", "perplexity", "preferences"])
+def test_every_default_of_a_command_passes_its_check(command, run):
+    words = {"qa": [f"examples={WORLD}"], "perplexity": [f"text={WORLD}"],
+             "preferences": [f"pairs={run / 'pairs.jsonl'}", "config=configs/tiny.py"]}.get(command, [])
+    assert read_command([command, TINY, *words])[1] == TINY
+
+
+@pytest.mark.parametrize("imported, absent", [
+    ("evals.questions", ("evals.common", "evals.pictures", "matplotlib", "pairs.build")),
+    ("evals.__main__", ("evals.common", "evals.needle", "evals.qa", "matplotlib")), ("evals.perplexity", ("evals.needle", "evals.heads", "matplotlib"))])
+def test_what_is_not_asked_for_is_not_imported(imported, absent):
+    code = f"import sys, {imported}; print([name for name in {absent} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("args, message", [
-    (["-m", "evals"], "expected: python -m evals"), (["-m", "evals", "needle", TINY, "task=single"], "did you mean 'tasks'?"),
-    (["-m", "evals", "needle", TINY, "tasks=many"], "expected some of single"), (["-m", "evals", "qa", TINY], "examples is empty"),
-    (["-m", "evals", "needle", "none"], "none"),
-    (["sample.py", TINY], "expected: python sample.py"), (["sample.py", TINY, "Who?", "context=none.txt"], "no such file")])
+    ([], "expected: python -m evals"), (["nonsense", TINY], "expected: python -m evals"), (["needle", "none"], "none"),
+    (["questions", TINY, "configs/tiny.py", "fresh_questions=0"], "nothing to ask")])
 def test_bad_input_ends_with_one_line(args, message):
-    done = subprocess.run([sys.executable, *args], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "evals", *args], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.startswith("error: ") and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_the_questions_command_counts_what_the_trainer_counts():
+    words = ["questions", TINY, "configs/tiny.py", "fresh_sizes=[104]", "fresh_questions=20"]
+    done = subprocess.run([sys.executable, "-m", "evals", *words], cwd=ROOT, capture_output=True, text=True)
+    assert "context    104" in done.stdout and "of 20" in done.stdout, done.stderr
+
+
+def test_texts_are_documents(tmp_path):
+    (tmp_path / "a.txt").write_text("One.")
+    (tmp_path / "b.txt").write_text("Two.")
+    assert texts(str(tmp_path)) == ["One.", "Two."] and len(texts(WORLD)) == 8
