@@ -30,8 +30,8 @@ def read_command(argv: list[str]) -> tuple[ModuleType, str, dict]:
     for, what the others import.
     """
     if len(argv) < 2 or argv[0] not in COMMANDS:
-        usage = f"{'|'.join(COMMANDS)}|questions MODEL [key=value]"
-        raise BadInput(f"expected: python -m evals {usage}")
+        commands = "|".join(COMMANDS)
+        raise BadInput(f"expected: python -m evals {commands}|questions MODEL [key=value]")
     command, folder, *words = argv
     module = importlib.import_module(f"evals.{command}")
     options = with_arguments(module.OPTIONS, words)
@@ -58,7 +58,7 @@ def main(argv: list[str]) -> None:
     path = os.path.join(options["out"], f"{argv[0]}.json")
     write_json({"command": ["evals", *argv], "options": options, **result}, path)
     print(path)
-    # Pictures come last, from the result alone: whatever goes wrong with them, the hours are on disk.
+    # Pictures come last, from the result alone: whatever fails there, the hours are on disk.
     if not hasattr(module, "draw"):
         return
     try:

@@ -46,17 +46,22 @@ def check_options(options: dict, at_least_one: tuple[str, ...], lists: tuple[str
 
 def check_list(key: str, values: list, lowest: int = 1) -> None:
     """BadInput unless these are one or more different integers from `lowest` on."""
-    whole = all(type(value) is int and value >= lowest for value in values)
-    if not values or not whole or len(set(values)) < len(values):
-        refuse(key, values, f"one or more different integers from {lowest} on, as [{lowest},9]")
+    expected = f"one or more different integers from {lowest} on, as [{lowest},9]"
+    if not values:
+        refuse(key, values, expected)
+    for value in values:
+        # Two equal ones would be two rows of the table, and one cell of the picture.
+        if type(value) is not int or value < lowest or values.count(value) > 1:
+            refuse(key, values, expected)
 
 
 def check_path(options: dict, key: str) -> None:
     """BadInput unless the key names a file or folder that is there."""
     if not options[key]:
         raise BadInput(f"{key} is empty, expected a file or a folder")
-    if options[key] != "-" and not os.path.exists(options[key]):
-        raise BadInput(f"{key}={options[key]}: no such file or folder")
+    path = options[key]
+    if path != "-" and not os.path.exists(path):
+        raise BadInput(f"{key}={path}: no such file or folder")
 
 
 # ----------------------------------------------------------------------------------- subjects
@@ -82,7 +87,8 @@ class Subject:
         """(token ids of a user's turn around a context, which of them are the context's)."""
         prefix, suffix, _ = self.tokenizer.chat(head, tail)
         ids = self.tokenizer.encode(context)
-        return prefix + ids + suffix, range(len(prefix), len(prefix) + len(ids))
+        place = range(len(prefix), len(prefix) + len(ids))
+        return prefix + ids + suffix, place
 
     def answers(self, prompts: list[list[int]], shared: list[int], max_new_tokens: int,
                 look: Look | None = None) -> list[str]:
@@ -93,11 +99,21 @@ class Subject:
         answers = [""] * len(prompts)
         for start in range(0, len(order), self.batch):
             numbers = order[start:start + self.batch]
-            look_here = partial(look_in_batch, look, numbers) if look else None
-            found = generate(self.model, [prompts[i] for i in numbers], max_new_tokens,
-                             stop_ids=stops, shared=[shared[i] for i in numbers], look=look_here)
+            look_here = None
+            if look:
+                look_here = partial(look_in_batch, look, numbers)
+            found = generate(
+                self.model,
+                [prompts[i] for i in numbers],
+                max_new_tokens,
+                stop_ids=stops,
+                shared=[shared[i] for i in numbers],
+                look=look_here,
+            )
             for i, ids in zip(numbers, found):
-                answers[i] = self.tokenizer.decode([t for t in ids if t not in stops])
+                if ids[-1] in stops:
+                    ids = ids[:-1]
+                answers[i] = self.tokenizer.decode(ids)
         return answers
 
 
@@ -161,23 +177,25 @@ def texts(path: str) -> list[str]:
         return [example["context"] for example in run_file(path).examples(8, 4096, 0)]
     corpus = Corpus(path, {"strict": True, "questions": 1})
     found = []
-    for i in range(len(corpus)):
-        example = corpus[i]
+    for number in range(len(corpus)):
+        example = corpus[number]
         text = example.get("text") or example.get("context")
         if not isinstance(text, str):
-            raise BadInput(f"{path}, example {i}: found no text, expected documents")
+            raise BadInput(f"{path}, example {number}: found no text, expected documents")
         found.append(text)
     return found
 
 
 def interval(right: float, asked: int) -> tuple[float, float]:
     """95 % Wilson interval of a share."""
+    # Unlike p +- 1.96 sqrt(p (1 - p) / n) it has a width where all or none are right, and stays
+    # within 0 and 1.
     z = 1.96
     p = right / asked
-    scale = 1 + z * z / asked
-    middle = p + z * z / (2 * asked)
-    half = z * math.sqrt(p * (1 - p) / asked + z * z / (4 * asked * asked))
-    return (middle - half) / scale, (middle + half) / scale
+    pull = z * z / asked
+    middle = p + pull / 2
+    half = z * math.sqrt(p * (1 - p) / asked + pull / asked / 4)
+    return (middle - half) / (1 + pull), (middle + half) / (1 + pull)
 
 
 def share(right: float, asked: int) -> str:

@@ -45,6 +45,7 @@ class RetrievalScores:
             else:
                 self.left_out += 1
 
+        # tops: (layers, heads). A token that is generated twice is copied once.
         def look(i, token, tops):
             for number, place in enumerate(needles[i]):
                 if prompts[i][place] == token:
@@ -65,36 +66,53 @@ class RetrievalScores:
         """(layers, heads): each head's mean score; empty where no needle was found."""
         if not self.copied:
             return torch.zeros(0)
-        return torch.stack([hits.float().mean(-1) for hits in self.copied]).mean(0)
+        # The share of each needle's tokens first: a long needle counts no more than a short one.
+        shares = [hits.float().mean(-1) for hits in self.copied]
+        return torch.stack(shares).mean(0)
 
     def print(self) -> None:
         """The best heads, as layer.head, and how many examples they are judged by."""
         if self.left_out:
-            print_row(self.name, f"{self.left_out} of {self.left_out + len(self.copied)} needles "
-                      "not found in the tokens' text: left out of the retrieval scores")
+            asked = self.left_out + len(self.copied)
+            print_row(
+                self.name,
+                f"{self.left_out} of {asked} needles not found in the tokens' text: "
+                "left out of the retrieval scores",
+            )
         if not self.copied:
             return
         scores = self.mean()
-        best = scores.flatten().topk(min(BEST, scores.numel()))
-        heads = []
+        n_heads = scores.numel()
+        best = scores.flatten().topk(min(BEST, n_heads))
+        names = []
         for value, i in zip(best.values.tolist(), best.indices.tolist()):
             layer, head = divmod(i, scores.shape[1])
-            heads.append(f"{layer}.{head} {value:.2f}")
+            names.append(f"{layer}.{head} {value:.2f}")
         above = int((scores > RETRIEVAL_HEAD).sum())
-        print_row(self.name,
-                  f"retrieval heads (score above {RETRIEVAL_HEAD}): {above} of {scores.numel()}",
-                  f"mean of the best {len(heads)} {best.values.mean():.3f}: {', '.join(heads)}")
+        print_row(
+            self.name,
+            f"retrieval heads (score above {RETRIEVAL_HEAD}): {above} of {n_heads}",
+            f"mean of the best {len(names)} {best.values.mean():.3f}: {', '.join(names)}",
+        )
 
 
 def draw_heads(heads: dict[str, list], options: dict) -> None:
     """Layer by head, a panel a model, on one scale."""
-    names = list(heads)
-    highest = max(np.max(scores) for scores in heads.values())
+    titles = []
+    grids = []
+    for name, scores in heads.items():
+        if scores:
+            titles.append(f"{name}: retrieval score")
+            grids.append(np.array(scores))
+    if not grids:
+        return
+    highest = max(RETRIEVAL_HEAD, np.max(grids))
 
     def paint(axis, number):
-        heat_map(axis, np.array(heads[names[number]]), 0, max(RETRIEVAL_HEAD, highest))
-        axis.set(xlabel="head", ylabel="layer")
+        heat_map(axis, grids[number], 0, highest)
+        axis.set_xlabel("head")
+        axis.set_ylabel("layer")
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.yaxis.get_major_locator().set_params(integer=True)
 
-    save_panels("retrieval", options, [f"{name}: retrieval score" for name in names], 4.5, paint)
+    save_panels("retrieval", options, titles, 4.5, paint)

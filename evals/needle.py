@@ -5,15 +5,25 @@ else there is to find, or to be confused with, lies anywhere. retrieval=True als
 attention heads copied the answer from the needle (evals/heads.py).
 """
 import random
+import re
 from typing import NamedTuple
 
 import numpy as np
 
 from configs import BadInput, refuse, run_file
-from evals.common import (ASKING, COMMON, Subject, check_list, check_options, check_path,
-                          print_row, share, texts)
+from evals.common import (
+    ASKING,
+    COMMON,
+    Subject,
+    check_list,
+    check_options,
+    check_path,
+    print_row,
+    share,
+    texts,
+)
 from evals.heads import RetrievalScores, draw_heads
-from evals.pictures import heat_map, save_panels, write_numbers
+from evals.pictures import heat_map, save_panels
 from pairs.answers import is_right
 
 OPTIONS = dict(
@@ -33,10 +43,16 @@ TASKS = ("single", "multikey", "multivalue", "multiquery", "variables")
 
 ADJECTIVES = """amber bold calm dusty eager faint gentle hollow icy jolly keen lively mellow noble
 plain quiet rapid silent tall vivid""".split()
-NOUNS = """anchor basket candle dragon engine falcon garden harbor island jacket kettle ladder magnet
-needle orchid pencil quilt river saddle temple""".split()
-NOISE = ["The grass is green.", "The sky is blue.", "The sun is yellow.", "Here we go.",
-         "There and back again."]
+NOUNS = """anchor basket candle dragon engine falcon garden harbor island jacket kettle ladder
+magnet needle orchid pencil quilt river saddle temple""".split()
+NOISE = [
+    "The grass is green.",
+    "The sky is blue.",
+    "The sun is yellow.",
+    "Here we go.",
+    "There and back again.",
+]
+SENTENCE_ENDS = re.compile(r"(?<=[.?]) ")
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
@@ -45,9 +61,9 @@ def check(options: dict) -> None:
     check_list("depths", options["depths"], lowest=0)
     if max(options["depths"]) > 100:
         refuse("depths", options["depths"], "per cent, at most 100")
-    unknown = set(tasks_of(options)) - set(TASKS)
-    if unknown:
-        raise BadInput(f"tasks: expected some of {', '.join(TASKS)}, found {', '.join(unknown)}")
+    for task in tasks_of(options):
+        if task not in TASKS:
+            raise BadInput(f"tasks: expected some of {', '.join(TASKS)}, found {task!r}")
     if options["haystack"]:
         check_path(options, "haystack")
 
@@ -68,33 +84,43 @@ class Example(NamedTuple):
 
 def make_facts(task: str, rng: random.Random) -> tuple[list[str], str, list[str]]:
     """(sentences to hide, the first at the depth; the question; its answers) of one of TASKS."""
-    keys = [f"{rng.choice(ADJECTIVES)}-{noun}" for noun in rng.sample(NOUNS, 4)]
-    values = [str(rng.randrange(1_000_000, 10_000_000)) for _ in range(4)]
+    keys = []
+    for noun in rng.sample(NOUNS, 4):
+        keys.append(f"{rng.choice(ADJECTIVES)}-{noun}")
+    values = []
+    for _ in range(4):
+        values.append(str(rng.randrange(1_000_000, 10_000_000)))
     if task == "variables":
-        names = ["".join(rng.choices(LETTERS, k=5)) for _ in range(4)]
-        chain = [f"VAR {names[0]} = {values[0]}."]
-        for before, name in zip(names, names[1:]):
-            chain.append(f"VAR {name} = VAR {before}.")
-        question = f"Find all variables that are assigned the value {values[0]} in the text above."
-        return chain, question, names
+        return make_chain(values[0], rng)
+
     if task == "multivalue":
-        facts = [magic_number(keys[0], value) for value in values]
-        return facts, ask_for_numbers(keys[0]), values
-    facts = [magic_number(key, value) for key, value in zip(keys, values)]
-    if task == "multiquery":
-        return facts, ask_for_numbers(", ".join(keys)), values
+        # One key has four numbers, all of which are asked for.
+        keys = keys[:1] * 4
+    facts = []
+    for key, value in zip(keys, values):
+        facts.append(f"One of the special magic numbers for {key} is: {value}.")
+
+    asked = ", ".join(dict.fromkeys(keys))
+    question = f"What are all the special magic numbers for {asked} mentioned in the text above?"
+    if task in ("multivalue", "multiquery"):
+        return facts, question, values
+    # One number is asked for. Under multikey the others are there to be confused with it.
     if task == "single":
         facts = facts[:1]
     question = f"What is the special magic number for {keys[0]} mentioned in the text above?"
     return facts, question, values[:1]
 
 
-def magic_number(key: str, value: str) -> str:
-    return f"One of the special magic numbers for {key} is: {value}."
-
-
-def ask_for_numbers(keys: str) -> str:
-    return f"What are all the special magic numbers for {keys} mentioned in the text above?"
+def make_chain(value: str, rng: random.Random) -> tuple[list[str], str, list[str]]:
+    """Variables that get a value from one another: all of them have it."""
+    names = []
+    for _ in range(4):
+        names.append("".join(rng.choices(LETTERS, k=5)))
+    chain = [f"VAR {names[0]} = {value}."]
+    for before, name in zip(names, names[1:]):
+        chain.append(f"VAR {name} = VAR {before}.")
+    question = f"Find all variables that are assigned the value {value} in the text above."
+    return chain, question, names
 
 
 def sentences_of(path: str) -> list[str]:
@@ -103,9 +129,13 @@ def sentences_of(path: str) -> list[str]:
         return NOISE
     found = []
     for text in texts(path):
-        marked = text.replace("\n", " ").replace("? ", "?|").replace(". ", ".|")
-        found += [sentence.strip() for sentence in marked.split("|")]
-    return [sentence for sentence in found if sentence]
+        text = text.replace("\n", " ")
+        for sentence in SENTENCE_ENDS.split(text):
+            if sentence.strip():
+                found.append(sentence.strip())
+    if not found:
+        raise BadInput(f"haystack={path}: found no sentence in it")
+    return found
 
 
 def hide(facts: list[str], hay: list[str], size: int, depth: int, tokenizer,
@@ -114,12 +144,14 @@ def hide(facts: list[str], hay: list[str], size: int, depth: int, tokenizer,
     left = size
     for fact in facts:
         left -= len(tokenizer.encode(" " + fact))
+    # Sentences that follow each other, from a random one on: text as it is, and another each time.
     sentences = []
-    start = rng.randrange(len(hay))
+    at = rng.randrange(len(hay))
     while left > 0:
-        sentence = hay[(start + len(sentences)) % len(hay)]
+        sentence = hay[at % len(hay)]
         left -= len(tokenizer.encode(" " + sentence))
         sentences.append(sentence)
+        at += 1
 
     places = sorted(rng.randrange(len(sentences) + 1) for _ in facts[1:])
     if facts[0].startswith("VAR "):
@@ -156,8 +188,10 @@ def make_example(task: str, size: int, depth: int, sample: int, options: dict, h
 
 def given(text: str, answers: list[str]) -> float:
     """Share of the answers that a text contains."""
-    right = [is_right(text, [answer]) for answer in answers]
-    return sum(right) / len(right)
+    right = 0
+    for answer in answers:
+        right += is_right(text, [answer])
+    return right / len(answers)
 
 
 def measure(subjects: list[Subject], options: dict) -> dict:
@@ -204,16 +238,24 @@ def measure_row(subject: Subject, task: str, length: int, hay: list[str], option
     shared = [place.stop for place in places]
     said = subject.answers(prompts, shared, options["max_new_tokens"], look)
 
-    found = [given(text, example.answers) for text, example in zip(said, asked)]
+    found = []
+    for text, example in zip(said, asked):
+        found.append(given(text, example.answers))
     rows = []
+    cells = f"{task:10} {length:7d} "
     n = options["samples"]
     for i, depth in enumerate(options["depths"]):
-        cell = found[i * n:(i + 1) * n]
-        rows.append({"model": subject.name, "task": task, "length": length, "depth": depth,
-                     "score": sum(cell) / n, "n": n})
-    by_depth = " ".join(f"{row['score']:5.2f}" for row in rows)
-    print_row(subject.name, f"{task:10} {length:7d} {by_depth}",
-              f"mean {share(sum(found), len(found))}")
+        score = sum(found[i * n:(i + 1) * n]) / n
+        cells += f" {score:5.2f}"
+        rows.append({
+            "model": subject.name,
+            "task": task,
+            "length": length,
+            "depth": depth,
+            "score": score,
+            "n": n,
+        })
+    print_row(subject.name, cells, f"mean {share(sum(found), len(found))}")
     return rows
 
 
@@ -224,9 +266,7 @@ def draw(result: dict, options: dict) -> None:
     for task in tasks_of(options):
         rows = [row for row in result["table"] if row["task"] == task]
         draw_task(task, rows, result["window"], options)
-    heads = {name: scores for name, scores in result["heads"].items() if scores}
-    if heads:
-        draw_heads(heads, options)
+    draw_heads(result["heads"], options)
 
 
 def draw_task(task: str, rows: list[dict], window: int, options: dict) -> None:
@@ -245,14 +285,18 @@ def draw_task(task: str, rows: list[dict], window: int, options: dict) -> None:
     inside = sum(length <= window for length in lengths)
 
     def paint(axis, number):
-        difference = number == 2
-        image = heat_map(axis, grids[number], -1 if difference else 0, 1, difference)
-        write_numbers(axis, image, grids[number], "+.2f" if difference else ".2f")
-        axis.set(xlabel="context, tokens", ylabel="depth, %")
+        if number < len(names):
+            heat_map(axis, grids[number], 0, 1, ".2f")
+        else:
+            heat_map(axis, grids[number], -1, 1, "+.2f", difference=True)
+        axis.set_xlabel("context, tokens")
+        axis.set_ylabel("depth, %")
         axis.set_xticks(range(len(lengths)), lengths)
         axis.set_yticks(range(len(depths)), depths)
+        # A window that all lengths fit, or none, has no place between two columns.
         if 0 < inside < len(lengths):
             axis.axvline(inside - 0.5, color="black", linewidth=2, linestyle="--")
             axis.set_xlabel("context, tokens (dashed: the window)")
 
-    save_panels(f"needle_{task}", options, titles, max(4.5, 1.5 + 0.6 * len(lengths)), paint)
+    width = max(4.5, 1.5 + 0.6 * len(lengths))  # a number needs some 0.6 inches
+    save_panels(f"needle_{task}", options, titles, width, paint)

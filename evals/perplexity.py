@@ -15,8 +15,16 @@ import os
 import torch
 
 from configs import BadInput, refuse
-from evals.common import (COMMON, Subject, check_options, check_path, complete_characters,
-                          print_row, texts, token_span)
+from evals.common import (
+    COMMON,
+    Subject,
+    check_options,
+    check_path,
+    complete_characters,
+    print_row,
+    texts,
+    token_span,
+)
 from evals.pictures import save_panels
 from model import HEAD_CHUNK, Llama, Segment, SegmentAttention
 
@@ -40,9 +48,11 @@ def check(options: dict) -> None:
     longest = max(options["lengths"])
     if shortest < 2 or options["stride"] >= shortest:
         refuse("stride", options["stride"], f"less than the shortest of lengths, {shortest}")
-    if options["truncated"] + options["stride"] >= longest:
-        refuse("truncated", options["truncated"],
-               f"with stride={options['stride']} less than the longest of lengths, {longest}")
+    # A truncated context that is not the shorter one has nothing to lose.
+    stride = options["stride"]
+    if options["truncated"] + stride >= longest:
+        expected = f"with stride={stride} less than the longest of lengths, {longest}"
+        refuse("truncated", options["truncated"], expected)
     check_path(options, "text")
 
 
@@ -99,14 +109,17 @@ def carry_over(is_key: torch.Tensor, ids: list[int], evaluator: Subject, other_i
                        f"{evaluator.folder} does: the key tokens cannot be found in it")
     carried = torch.zeros(len(other_ids) - 1, dtype=torch.bool)
     for first, last in runs_of(is_key.tolist()):
+        # Entry i is of token i + 1: there is no loss of the first.
         start = complete_characters(ids, first + 1, text, evaluator.tokenizer)
         end = complete_characters(ids, last + 1, text, evaluator.tokenizer)
         begin, stop = token_span(other_ids, start, end, other.tokenizer)
+        # What also says a character outside of the run is no key token.
         if complete_characters(other_ids, begin, text, other.tokenizer) < start:
             begin += 1
         if complete_characters(other_ids, stop, text, other.tokenizer) > end:
             stop -= 1
-        carried[max(0, begin - 1):max(0, stop - 1)] = True
+        for token in range(max(1, begin), stop):
+            carried[token - 1] = True
     return carried
 
 
@@ -132,12 +145,17 @@ def measure(subjects: list[Subject], options: dict) -> dict:
     """
     evaluator = evaluator_of(subjects, options)
     documents = cut_texts(evaluator, options)
-    chosen = [key_tokens(evaluator, ids, options) for _, ids in documents]
+    chosen = []
+    for _, ids in documents:
+        chosen.append(key_tokens(evaluator, ids, options))
+
     table = []
     for subject in subjects:
-        encoded = [subject.tokenizer.encode(text) for text, _ in documents]
+        encoded = []
         is_key = []
-        for (_, ids), own_ids, keys in zip(documents, encoded, chosen):
+        for (text, ids), keys in zip(documents, chosen):
+            own_ids = subject.tokenizer.encode(text)
+            encoded.append(own_ids)
             is_key.append(carry_over(keys, ids, evaluator, own_ids, subject))
         is_key = torch.cat(is_key)
         for length in sorted(options["lengths"]):
@@ -145,18 +163,23 @@ def measure(subjects: list[Subject], options: dict) -> dict:
             for ids in encoded:
                 losses.append(token_losses(subject.model, ids, length, options["stride"]))
             table.append(row_of(subject.name, length, torch.cat(losses), is_key))
-    return {"table": table, "evaluator": evaluator.folder,
-            "window": subjects[0].config.max_position_embeddings}
+    return {
+        "table": table,
+        "evaluator": evaluator.folder,
+        "window": subjects[0].config.max_position_embeddings,
+    }
 
 
 def evaluator_of(subjects: list[Subject], options: dict) -> Subject:
     """The one model that chooses the key tokens."""
-    if not options["evaluator"]:
+    folder = options["evaluator"]
+    if not folder:
         return subjects[0]
     for subject in subjects:
-        if os.path.realpath(subject.folder) == os.path.realpath(options["evaluator"]):
-            return subject   # its weights need not be there twice
-    return Subject(options["evaluator"], options)
+        # Its weights need not be there twice.
+        if os.path.realpath(subject.folder) == os.path.realpath(folder):
+            return subject
+    return Subject(folder, options)
 
 
 def cut_texts(evaluator: Subject, options: dict) -> list[tuple[str, list[int]]]:
@@ -179,29 +202,42 @@ def cut_texts(evaluator: Subject, options: dict) -> list[tuple[str, list[int]]]:
 
 def row_of(name: str, length: int, losses: torch.Tensor, is_key: torch.Tensor) -> dict:
     """A row of the table, printed."""
-    row = {"model": name, "length": length, "perplexity": losses.mean().exp().item(),
-           "tokens": len(losses), "long": None, "key_tokens": int(is_key.sum())}
+    row = {
+        "model": name,
+        "length": length,
+        "perplexity": losses.mean().exp().item(),
+        "tokens": len(losses),
+        "long": None,
+        "key_tokens": int(is_key.sum()),
+    }
     longppl = "no key tokens"
     if is_key.any():
         row["long"] = losses[is_key].mean().exp().item()
         longppl = f"LongPPL {row['long']:8.3f} of {row['key_tokens']}"
-    print_row(name, f"{length:7d} tokens",
-              f"perplexity {row['perplexity']:8.3f} of {len(losses)}", longppl)
+    print_row(
+        name,
+        f"{length:7d} tokens",
+        f"perplexity {row['perplexity']:8.3f} of {row['tokens']}",
+        longppl,
+    )
     return row
 
 
 def draw(result: dict, options: dict) -> None:
     """Perplexity by length, a line a model."""
     lengths = sorted(options["lengths"])
-    names = list(dict.fromkeys(row["model"] for row in result["table"]))
+    lines = {}
+    for row in result["table"]:
+        lines.setdefault(row["model"], []).append(row["perplexity"])
 
     def paint(axis, number):
-        for name in names:
-            mine = [row["perplexity"] for row in result["table"] if row["model"] == name]
-            axis.plot(lengths, mine, marker="o", label=name)
+        for name, values in lines.items():
+            axis.plot(lengths, values, marker="o", label=name)
         axis.axvline(result["window"], color="black", linestyle="--", linewidth=1)
-        axis.set(xscale="log", yscale="log", ylabel="perplexity",
-                 xlabel="context, tokens (dashed: the first model's window)")
+        axis.set_xscale("log")
+        axis.set_yscale("log")
+        axis.set_xlabel("context, tokens (dashed: the first model's window)")
+        axis.set_ylabel("perplexity")
         # The lengths are the ticks: powers of ten say nothing of 2,048.
         axis.set_xticks(lengths, lengths)
         axis.minorticks_off()

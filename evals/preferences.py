@@ -87,12 +87,17 @@ def measure(subjects: list[Subject], options: dict) -> dict:
         logps[subject.name] = found.tolist()
         _, metrics = logo_loss(found[:, 0], found[:, 1:], cfg["beta"], cfg["gamma"])
         row = {"model": subject.name, "n": len(pairs)}
-        row.update({key: value.item() for key, value in metrics.items()})
+        for key, value in metrics.items():
+            row[key] = value.item()
         table.append(row)
-        print_row(subject.name, f"margin {row['rewards/margins']:+.3f}",
-                  f"accuracy {row['rewards/accuracies']:.3f}",
-                  f"chosen {row['logps/chosen']:.3f}", f"rejected {row['logps/rejected']:.3f}",
-                  f"of {len(pairs)}")
+        print_row(
+            subject.name,
+            f"margin {row['rewards/margins']:+.3f}",
+            f"accuracy {row['rewards/accuracies']:.3f}",
+            f"chosen {row['logps/chosen']:.3f}",
+            f"rejected {row['logps/rejected']:.3f}",
+            f"of {len(pairs)}",
+        )
     return {"table": table, "logps": logps}
 
 

@@ -1,11 +1,17 @@
 """Questions over passages: right answers and F1, by number of passages and the gold one's place."""
 from collections import Counter
 
-import numpy as np
-
 from configs import BadInput
 from data import random_stream
-from evals.common import (ASKING, COMMON, Subject, check_options, check_path, print_row, share)
+from evals.common import (
+    ASKING,
+    COMMON,
+    Subject,
+    check_options,
+    check_path,
+    print_row,
+    share,
+)
 from pairs.answers import is_right, normalize
 from pairs.corpus import Corpus, Examples
 
@@ -44,24 +50,29 @@ def measure(subjects: list[Subject], options: dict) -> dict:
     gold passage lay in the first, middle and last third. passages and by_place are None where the
     corpus brings its own contexts.
     """
-    corpus = Corpus(options["examples"], {"strict": True, "questions": 1})
+    path = options["examples"]
+    corpus = Corpus(path, {"strict": True, "questions": 1})
     order = random_stream("order of questions", options["seed"]).permutation(len(corpus))
     order = order[-options["questions"]:]
-    rows = [corpus[i] for i in order]
-    for row in rows:
+    rows = []
+    own_contexts = True
+    for i in order:
+        row = corpus[i]
         if not row.get("question") or not row.get("answers"):
-            raise BadInput(f"{options['examples']}: some examples have no question or no answers")
+            raise BadInput(f"{path}: example {i} has no question or no answers, expected both")
+        if "context" not in row:
+            own_contexts = False
+        rows.append(row)
 
     table = []
     for subject in subjects:
-        if all("context" in row for row in rows):
+        if own_contexts:
             table.append(measure_row(subject, rows, None, None, options))
             continue
         for passages in options["passages"]:
-            # The other questions' passages are the distractors.
-            size = min(passages, len(order))
-            mixed = Examples(corpus, order, size, options["seed"])
-            examples = [mixed[i] for i in range(len(mixed))]
+            # The other documents' passages are the distractors.
+            size = min(passages, len({row["document"] for row in rows}))
+            examples = list(Examples(corpus, order, size, options["seed"]))
             places = []
             for row, example in zip(rows, examples):
                 places.append(example["context"].index(row["passage"]))
@@ -84,15 +95,25 @@ def measure_row(subject: Subject, examples: list[dict], places: list[int] | None
     right = []
     f1 = []
     for text, example in zip(said, examples):
-        right.append(is_right(text, example["answers"]))
-        f1.append(max(token_f1(text, answer) for answer in example["answers"]))
-    row = {"model": subject.name, "passages": passages, "right": float(np.mean(right)),
-           "f1": float(np.mean(f1)), "n": len(right), "by_place": None}
-    cells = [f"right {share(sum(right), len(right))}", f"F1 {row['f1']:.3f}"]
+        answers = example["answers"]
+        right.append(is_right(text, answers))
+        # The answers are ways to say one thing: the nearest counts.
+        f1.append(max(token_f1(text, answer) for answer in answers))
+    n = len(right)
+    row = {
+        "model": subject.name,
+        "passages": passages,
+        "right": sum(right) / n,
+        "f1": sum(f1) / n,
+        "n": n,
+        "by_place": None,
+    }
+    cells = [f"right {share(sum(right), n)}", f"F1 {row['f1']:.3f}"]
     if places is not None:
         row["by_place"] = by_thirds(right, places, passages)
-        thirds = " / ".join(f"{good}:{asked}" for good, asked in row["by_place"])
-        cells = [f"{passages:3d} passages", *cells, f"gold in first / middle / last third {thirds}"]
+        thirds = [f"{good}:{asked}" for good, asked in row["by_place"]]
+        cells.insert(0, f"{passages:3d} passages")
+        cells.append(f"gold in first / middle / last third {' / '.join(thirds)}")
     print_row(subject.name, *cells)
     return row
 
