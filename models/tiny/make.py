@@ -76,8 +76,13 @@ def write_tokenizer(folder, vocab):
     special = []
     for token in (BOS, END):
         special.append({
-            "id": vocab[token], "content": token, "single_word": False, "lstrip": False,
-            "rstrip": False, "normalized": False, "special": True,
+            "id": vocab[token],
+            "content": token,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": True,
         })
     split = {"type": "Split", "pattern": {"Regex": SPLIT}, "behavior": "Isolated", "invert": False}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
