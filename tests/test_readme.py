@@ -163,6 +163,19 @@ def test_the_plans_table_is_what_the_command_prints(tmp_path):
     assert f"{rows[1][3].split()[0]} hours on 8 A800" in README and f"{rows[3][3].split()[0]} with M + 1" in README
 
 
+@pytest.mark.parametrize("column, shape", [
+    (1, ([16] * 6, 8, 1024, 0.1, 4)),          # a pair of configs/tiny.py
+    (4, ([512] * 16, 512, 65536, 0.1, 2)),     # a prompt of the paper, 64K
+])
+def test_the_positions_table_is_what_the_code_gives(column, shape):
+    cover = importlib.import_module("pairs.coverage")
+    for kind, counts in cover.coverage(*shape).items():
+        row = next(line for line in RESULTS.split("\n") if line.startswith(f"| {kind} |")).split(" | ")
+        now = [f"{(counts.held > 0).mean():.1%}".replace("%", " %"),
+               *[f"{cover.to_uniform(n):.3f}".removeprefix("0") for n in (counts.every, counts.answer)]]
+        assert [cell.strip(" |") for cell in row[column:column + 3]] == now, (kind, now)
+
+
 def test_the_configs_count_of_samples_is_the_papers():
     for path in sorted((ROOT / "configs").glob("*_*.py")):
         if path.name not in ("__init__.py",):
