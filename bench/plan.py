@@ -201,17 +201,6 @@ def describe(trained: int, frozen: int, tokens: int, memory: dict[str, float]) -
             f"{' + '.join(items)}")
 
 
-def throughput(metrics: dict, peak: float | None, processes: int, left: float) -> str:
-    """The end of a step's line: tokens/s and TFLOP/s of all processes, share of the datasheet's,
-    seconds left.
-    """
-    rate = metrics["tflop"] / metrics["seconds"]
-    share = f"  MFU {1e12 * rate / (peak * processes):.1%}" if peak else ""
-    minutes, seconds = divmod(round(left), 60)
-    return (f"  {metrics['tokens'] / metrics['seconds']:,.0f} tokens/s  {rate:.3g} TFLOP/s{share}"
-            f"  left {minutes // 60}:{minutes % 60:02d}:{seconds:02d}")
-
-
 # -------------------------------------------------------------------------------- the plan of a run
 
 class Shape(NamedTuple):
