@@ -76,6 +76,7 @@ from tokenizer import load_tokenizer
 
 # ------------------------------------------------------------------------------------- 1. settings
 
+# Whatever can be wrong with what the user gave is said in this stage, before hours are spent.
 sys.excepthook = guard.on_error
 cfg = load_config(sys.argv[1:])  # each key, its default and its meaning: configs/default.py
 rank = int(os.environ.get("RANK", "0"))
@@ -117,6 +118,8 @@ if rank == 0:
 
 # --------------------------------------------------------------- 2. before: questions, then pairs
 
+# Who learns writes both sides: the chosen answer from the right evidence, the rejected ones from
+# wrong or partial evidence. No judge and no other model; what it cannot say it cannot prefer.
 @cache
 def policy() -> Llama:
     """The model before training, which writes the answers. Opened only where one is missing."""
@@ -169,8 +172,9 @@ else:
         build_pairs(cfg, policy, tokenizer)
     dist.barrier()
     lap("pairs")
-policy.cache_clear()
+policy.cache_clear()  # the memory is wanted for training
 
+# Checked whole, each pair's length too: one that fails at its turn would end the run hours later.
 pairs = load_pairs(pairs_path(cfg), cfg, tokenizer)
 pairs_digest = sha256(pairs_path(cfg))
 if resumed and state["pairs"] != pairs_digest:
@@ -233,6 +237,8 @@ def make_optimizer(model: Llama, cfg: dict) -> torch.optim.AdamW:
     Not for norms and biases; not for lookup tables, whose rows would shrink where no token comes;
     not for LoRA's B, which starts at zero.
     """
+    # Betas and decay are the public scripts'. The rate is not the paper's to copy: 5e-7 fits the
+    # training of all weights, LoRA usually wants 1e-5 to 2e-4.
     decayed = []
     others = []
     for name, p in model.named_parameters():
@@ -252,11 +258,13 @@ def make_optimizer(model: Llama, cfg: dict) -> torch.optim.AdamW:
 
 def learning_rate(step: int, cfg: dict) -> float:
     """Linear up to lr over the first share `warmup` of the steps, then a cosine to zero."""
+    peak = cfg["lr"]
     warm = math.ceil(cfg["warmup"] * cfg["steps"])
     if step < warm:
-        return cfg["lr"] * (step + 1) / warm
+        return peak * (step + 1) / warm
+    # A run ends at zero: what the last samples taught is not left half undone by large steps.
     angle = math.pi * (step - warm) / max(1, cfg["steps"] - warm)
-    return cfg["lr"] * 0.5 * (1 + math.cos(angle))
+    return peak * 0.5 * (1 + math.cos(angle))
 
 
 optimizer = make_optimizer(model, cfg)
@@ -271,7 +279,7 @@ if resumed:
 # ----------------------------------------------------------------------------------------- 5. loop
 
 def load_batch(samples: list[Sample], source: list[dict]) -> Batch:
-    """Samples of pairs as one packed batch."""
+    """Samples of pairs as one packed batch: groups one after another, without padding."""
     groups = []
     for pair, draw, epoch in samples:
         groups.append(encode_group(source[pair], tokenizer, cfg, draw, epoch))
@@ -287,9 +295,10 @@ def share_of(samples: list[Sample], usable: list[Sample]) -> list[tuple[Batch, f
     """
     per_rank = len(samples) // world
     mine = samples[rank * per_rank:(rank + 1) * per_rank]
+    micro = cfg["micro_batch"]
     share = []
-    for i in range(0, per_rank, cfg["micro_batch"]):
-        kept = [sample for sample in mine[i:i + cfg["micro_batch"]] if sample in usable]
+    for i in range(0, per_rank, micro):
+        kept = [sample for sample in mine[i:i + micro] if sample in usable]
         batch = load_batch(kept or usable[:1], train)
         share.append((batch, len(kept) / len(usable)))
     return share
@@ -297,20 +306,27 @@ def share_of(samples: list[Sample], usable: list[Sample]) -> list[tuple[Batch, f
 
 def mean_over_all(parts: list[tuple[dict, float]]) -> dict[str, float]:
     """Weighted mean of metrics over micro-batches and processes; all weights add up to 1."""
-    values = torch.stack([torch.stack(list(metrics.values())) for metrics, _ in parts])
-    weights = torch.tensor([weight for _, weight in parts], device=device)
-    mean = (weights[:, None] * values).sum(0)
+    weighted = []
+    for metrics, weight in parts:
+        values = torch.stack(list(metrics.values()))
+        weighted.append(weight * values)
+    mean = torch.stack(weighted).sum(0)
     dist.all_reduce(mean)
-    return dict(zip(parts[0][0], mean.tolist()))
+    names = parts[0][0]
+    return dict(zip(names, mean.tolist()))
 
 
 def batch_loss(model: Llama, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The LOGO loss of a packed batch, a mean over its groups, and metrics."""
-    sums, lengths = model(batch.tokens.to(device), batch.positions.to(device),
-                          batch.targets.to(device), batch.segments)
-    logps = (sums / lengths).view(-1, cfg["n_rejected"] + 1)  # (N, M + 1), the chosen first
-    loss, metrics = logo_loss(logps[:, 0], logps[:, 1:], cfg["beta"], cfg["gamma"],
-                              cfg["sft_weight"])
+    tokens = batch.tokens.to(device)
+    positions = batch.positions.to(device)
+    targets = batch.targets.to(device)
+    sums, lengths = model(tokens, positions, targets, batch.segments)
+    # Each answer is divided by its own length: sums would let the longest answer decide.
+    logps = (sums / lengths).view(-1, cfg["n_rejected"] + 1)  # (N, M + 1)
+    chosen = logps[:, 0]
+    rejected = logps[:, 1:]
+    loss, metrics = logo_loss(chosen, rejected, cfg["beta"], cfg["gamma"], cfg["sft_weight"])
     return loss, {"loss": loss.detach(), **metrics}
 
 
@@ -318,7 +334,7 @@ def batch_loss(model: Llama, batch: Batch) -> tuple[torch.Tensor, dict[str, torc
 
 def train_step(model, optimizer, share: list[tuple[Batch, float]], lr: float | None) -> dict:
     """One step over a share of its groups: metrics of the whole. lr None: the gradient alone."""
-    optimizer.zero_grad()
+    optimizer.zero_grad()  # to None: between steps gradients take no memory
     parts = []
     for i, (batch, weight) in enumerate(share):
         last = i + 1 == len(share)
@@ -330,6 +346,7 @@ def train_step(model, optimizer, share: list[tuple[Batch, float]], lr: float | N
         # gradient is the mean over groups, exactly, however they are cut into micro-batches.
         (loss * (weight * world)).backward()
         parts.append((metrics, weight))
+    # The norm over all shards, of the whole step's gradient: the same for any number of processes.
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg["grad_clip"])
     if isinstance(norm, DTensor):
         norm = norm.full_tensor()
@@ -344,6 +361,8 @@ def train_step(model, optimizer, share: list[tuple[Batch, float]], lr: float | N
 
 
 def is_finite(metrics: dict) -> bool:
+    # Both are sums over everything, and a sum keeps a NaN or an infinity. All processes have the
+    # same two numbers, so they all go the same way.
     return math.isfinite(metrics["loss"] + metrics["grad_norm"])
 
 
@@ -378,12 +397,15 @@ def usable_of(samples: list[Sample]) -> list[Sample]:
 
 def work_of(model: Llama, share: list[tuple[Batch, float]]) -> dict[str, float]:
     """Tokens and 1e12 floating-point operations of a step, over all processes."""
-    work = torch.zeros(2, device=device)
+    tokens = 0
+    flops = 0
     for batch, _ in share:
-        tflop = step_flops(model, batch.segments, scored_tokens(batch)) / 1e12
-        work += torch.tensor([len(batch.tokens), tflop], device=device)
+        tokens += len(batch.tokens)
+        flops += step_flops(model, batch.segments, scored_tokens(batch))
+    work = torch.tensor([tokens, flops / 1e12], device=device)
     dist.all_reduce(work)
-    return dict(zip(("tokens", "tflop"), work.tolist()))
+    tokens, tflop = work.tolist()
+    return {"tokens": tokens, "tflop": tflop}
 
 
 def scored_tokens(batch: Batch) -> int:
@@ -396,7 +418,9 @@ def evaluate(model: Llama) -> dict[str, float]:
     """Metrics on the held-out pairs, at the positions of their first draw."""
     parts = []
     for i in range(rank, len(held_out), world):
-        _, metrics = batch_loss(model, load_batch([Sample(i, 0, 0)], held_out))
+        # One at a time and always at the same positions, so that two evaluations can be compared.
+        batch = load_batch([Sample(i, draw=0, epoch=0)], held_out)
+        _, metrics = batch_loss(model, batch)
         parts.append((metrics, 1 / len(held_out)))
     model.reshard()  # without a backward nobody else gives the root's gathered parameters back
     return mean_over_all(parts) if parts else {}
@@ -415,11 +439,16 @@ def say_estimate(model: Llama) -> None:
 
     samples = step_samples(len(train), cfg, 0)
     micro = cfg["micro_batch"]
-    batches = [load_batch(samples[i:i + micro], train) for i in range(0, len(samples), micro)]
-    largest = max(batches, key=lambda batch: len(batch.tokens))
+    tokens = 0
+    largest = None
+    for i in range(0, len(samples), micro):
+        batch = load_batch(samples[i:i + micro], train)
+        tokens += len(batch.tokens)
+        if largest is None or len(batch.tokens) > len(largest.tokens):
+            largest = batch
+    accumulating = len(samples) > micro * world
     memory = peak_memory(model, cfg, len(largest.tokens), scored_tokens(largest), shard_size,
-                         accumulating=len(samples) > micro * world)
-    tokens = sum(len(batch.tokens) for batch in batches)
+                         accumulating)
     say(describe(trained, frozen, tokens, memory), flush=True)
 
 
@@ -432,37 +461,43 @@ def throughput(metrics: dict, seconds_left: float) -> str:
     peak = peak_flops(device)
     share = f"  MFU {1e12 * tflops / (peak * world):.1%}" if peak else ""
     minutes, seconds = divmod(round(seconds_left), 60)
-    return (f"  {tokens:,.0f} tokens/s  {tflops:.3g} TFLOP/s{share}"
-            f"  left {minutes // 60}:{minutes % 60:02d}:{seconds:02d}")
+    hours, minutes = divmod(minutes, 60)
+    return (f"  {tokens:7,.0f} tokens/s  {tflops:6.3g} TFLOP/s{share}"
+            f"  left {hours}:{minutes:02d}:{seconds:02d}")
 
 
 def report(metrics: dict, first: dict) -> None:
     """A line of metrics.jsonl; every log_interval steps, and at a fault, a printed sentence."""
-    step = metrics["step"]
     if rank == 0:
         guard.append_metrics(folder, metrics)
-    extra = (f"  lr {metrics['lr']:.2e}  |grad| {metrics['grad_norm']:6.2f}"
-             f"  {metrics['seconds']:.2f}s")
-    if recent:  # the first step also warms up, and says nothing about speed
+    step = metrics["step"]
+    extra = f"  lr {metrics['lr']:.2e}  |grad| {metrics['grad_norm']:6.2f}"
+    extra += f"  {metrics['seconds']:.2f}s"
+    first_step = not recent
+    if not first_step:  # that one also warms up, and says nothing about speed
         pace = sum(recent) / len(recent)
         extra += throughput(metrics, pace * (cfg["steps"] - step))
-    if "skipped" in metrics:
+    faulty = "skipped" in metrics
+    if faulty:
         extra += f"  not finite, left out from here on: pairs {metrics['skipped']}"
-    if is_due(step, cfg["log_interval"]) or not recent or "skipped" in metrics:
+    if first_step or faulty or is_due(step, cfg["log_interval"]):
         say_metrics(step, metrics, extra)
     recent.append(metrics["seconds"])
     if "held_out" in metrics:
-        now = metrics["held_out"]
-        say_metrics(step, now, "  held-out")
+        say_metrics(step, metrics["held_out"], "  held-out")
         # Likelihood displacement: the margin grows while the chosen answer is lost as well.
-        if now["logps/chosen"] < first["logps/chosen"] - 0.5:
-            say(f"warning: chosen log-prob fell from {first['logps/chosen']:.3f} to "
-                f"{now['logps/chosen']:.3f}: raise sft_weight or lower lr")
+        was = first["logps/chosen"]
+        now = metrics["held_out"]["logps/chosen"]
+        if now < was - 0.5:
+            say(f"warning: chosen log-prob fell from {was:.3f} to {now:.3f}: "
+                "raise sft_weight or lower lr")
 
 
 def is_due(steps_done: int, interval: int) -> bool:
-    """Every so many steps, and after the last."""
-    return steps_done == cfg["steps"] or interval > 0 and steps_done % interval == 0
+    """Every so many steps (0: never), and after the last."""
+    if steps_done == cfg["steps"]:
+        return True
+    return interval > 0 and steps_done % interval == 0
 
 
 def save(model, optimizer, metrics: dict, stopped: bool) -> None:
@@ -503,22 +538,23 @@ else:
 origin = {"config": cfg, "pairs": pairs_digest, "before": before, "processes": world,
           "torch": torch.__version__}  # what a checkpoint says of the run beside its numbers
 
+# From here on SIGTERM and Ctrl-C wait for the end of a step, which then leaves a checkpoint.
 stop = guard.StopSignals()
 faults = guard.FaultWatch()
 for step in range(start_step, cfg["steps"]):
     begun = time.time()
-    metrics = {"step": step + 1, **step_without_faults(model, optimizer, step)}
+    metrics = step_without_faults(model, optimizer, step)
+    metrics["step"] = done = step + 1
     metrics["seconds"] = time.time() - begun
-    if held_out and is_due(step + 1, cfg["eval_interval"]):
+    if held_out and is_due(done, cfg["eval_interval"]):
         metrics["held_out"] = now = evaluate(model)
     report(metrics, before["held_out"])
     faults.watch(metrics)
     stopped = stop.agreed(device)
-    if stopped or cfg["save_interval"] and is_due(step + 1, cfg["save_interval"]):
+    if stopped or cfg["save_interval"] and is_due(done, cfg["save_interval"]):
         save(model, optimizer, metrics, stopped)
-    if stopped and step + 1 < cfg["steps"]:
-        say(f"stopped after step {step + 1}: resume=auto goes on from "
-            f"{folder}/step_{step + 1:06d}", flush=True)
+    if stopped and done < cfg["steps"]:
+        say(f"stopped after step {done}: resume=auto goes on from {folder}/step_{done:06d}")
         dist.destroy_process_group()
         guard.leave(0)
 stop.release()
@@ -534,6 +570,7 @@ say(f"peak memory of this process so far: {used / 2**30:.2f} GiB", flush=True)
 
 def export_model(model: Llama) -> str:
     """hf/ and, with LoRA, adapter/. All processes gather, one writes, all know if it could not."""
+    # The masters are float32. The export is rounded to the run's dtype, once, after LoRA is added.
     export = os.path.join(folder, "hf")
     error = None
     try:
@@ -552,6 +589,7 @@ def export_model(model: Llama) -> str:
 export = export_model(model)
 del model, optimizer
 gc.collect()  # FSDP's hooks and their modules hold each other: without it both models would be here
+# The export is asked and not the model that was trained: what is measured is what a user gets.
 aligned = cache(lambda: load_pretrained(export, dtype, device))
 after = {"right_answers": right_answers(aligned, "after"), "held_out": now}
 lap("questions_after")

@@ -605,10 +605,10 @@ TIMEOUTS = """
 import sys; sys.path.insert(0, sys.argv[1])
 import guard, torch, torch.distributed as dist
 guard.init_processes(torch.device("cpu"))
-mesh = guard.make_mesh("cpu", 4, 2)
-groups = [dist.group.WORLD, *(mesh.get_group(dim) for dim in range(mesh.ndim))]
+mesh, flat = guard.make_mesh("cpu", 4, 2), guard.make_mesh("cpu", 4, 4)
+groups = [dist.group.WORLD, *(mesh.get_group(dim) for dim in range(mesh.ndim)), flat.get_group()]
 if dist.get_rank() == 3:
-    print(mesh.mesh_dim_names, mesh.get_coordinate(), [dist.get_process_group_ranks(group) for group in groups[1:]],
+    print(mesh.mesh_dim_names, mesh.get_coordinate(), [dist.get_process_group_ranks(group) for group in groups[1:3]],
           {group._get_backend(torch.device("cpu")).options._timeout for group in groups})
 """
 
@@ -650,7 +650,7 @@ def test_the_trained_model_is_gone_before_its_export_is_loaded_and_a_step_names_
     assert len(shown) == 4 and "tokens/s" not in shown[0]
     for line, m in list(zip(shown, metrics(tmp_path / "run"), strict=True))[1:]:
         speed, work = m["tokens"] / m["seconds"], m["tflop"] / m["seconds"]  # an imagined device of 1e9 FLOP/s
-        assert f"  {speed:,.0f} tokens/s  {work:.3g} TFLOP/s  MFU {work * 1e5:.1f}%  left 0:00:" in line
+        assert f"  {speed:7,.0f} tokens/s  {work:6.3g} TFLOP/s  MFU {work * 1e5:.1f}%  left 0:00:" in line
         assert f"  lr {m['lr']:.2e}  " in line
 
 
