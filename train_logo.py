@@ -78,7 +78,16 @@ from tokenizer import load_tokenizer
 
 # Whatever can be wrong with what the user gave is said in this stage, before hours are spent.
 sys.excepthook = guard.on_error
-cfg = load_config(sys.argv[1:])  # each key, its default and its meaning: configs/default.py
+# All keys, with their meaning, are in configs/default.py. These make it LOGO, and by default are
+# what the paper has for Llama-3:
+#
+#     window=65536      K, the positions that a prompt's chunks are spread over (Eq. 4)
+#     n_rejected=2      M, rejected answers to a prompt
+#     beta=10.0         scale of the rewards (Eq. 2)
+#     gamma=3.0         margin between chosen and rejected, outside beta
+#     sft_weight=0.1    lambda, weight of the chosen answer's log-likelihood (Eq. 3)
+#     batch_size=64     groups (a prompt and its M + 1 answers) a step, over all processes
+cfg = load_config(sys.argv[1:])
 rank = int(os.environ.get("RANK", "0"))
 world = int(os.environ.get("WORLD_SIZE", "1"))
 say = print if rank == 0 else lambda *args, **kwargs: None

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from configs import BadInput, check_settings, check_training, load_config, run_file
+from configs import BadInput, check_settings, check_training, default_groups, load_config, run_file
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted(path for path in (ROOT / "configs").glob("*.py") if path.stem not in ("__init__", "default"))
@@ -113,6 +113,12 @@ def test_lora_r_0_trains_everything_whatever_the_file_trains_beside_lora(path):
     cfg = load_config([str(path), "lora_r=0"])
     assert cfg["lora_r"] == 0 and cfg["train_also"] == ""
     assert load_config([str(path), "lora_r=8", "train_also=norm"])["train_also"] == "norm"
+
+
+def test_the_trainer_shows_the_defaults_as_they_are():
+    shown = re.findall(r"^#     (\w+)=(\S+) ", (ROOT / "train_logo.py").read_text(), re.MULTILINE)
+    defaults = {key: value for group in default_groups().values() for key, value in group.items()}
+    assert len(shown) == 6 and shown == [(key, str(defaults[key])) for key, _ in shown]
 
 
 def test_every_key_is_read_somewhere_and_explained_once():
