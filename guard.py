@@ -1,13 +1,15 @@
-"""What keeps a run from harm. Nothing in here is about training: a first reading can do without it.
+"""What watches over a run. Nothing in here is about training: a first reading can do without it.
 
-    init_processes, make_mesh, leave    processes that may wait for hours, and end without a crash
+    choose_device, init_processes       processes that may wait for hours, and end without a crash
+    make_mesh, leave
     on_error                            one line says what was wrong, where it is seen
     lock                                one run at a time in a folder
     check_*, save_source                what must hold before work begins; what made the run
     StopSignals                         SIGTERM and Ctrl-C end a run after a step, with a checkpoint
     FaultWatch                          ends a run that is beyond help
-    append_metrics, keep_metrics        metrics.jsonl holds every step once, whatever happened
-    evaluate_checkpoint                 a config's `evals` on a checkpoint
+    save, evaluate_checkpoint           a checkpoint, and a config's `evals` on it
+    keep_metrics, append_metrics        metrics.jsonl holds every step once, whatever happened
+    Report, sentence, throughput        what is printed of a step
 
 A file of its own, since a script is read from the top, and none of this comes first to a reader.
 """
@@ -15,6 +17,7 @@ import fcntl
 import glob
 import json
 import os
+import resource
 import shlex
 import shutil
 import signal
@@ -22,6 +25,7 @@ import subprocess
 import sys
 import time
 import traceback
+from collections import deque
 from datetime import timedelta
 from typing import IO
 
@@ -29,7 +33,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from checkpoint import read_adapter
+from checkpoint import prune, read_adapter, save_checkpoint
 from configs import (
     BadInput,
     default_groups,
@@ -37,7 +41,8 @@ from configs import (
     with_arguments,
     write_json,
 )
-from model import LlamaConfig
+from data import Batch
+from model import Llama, LlamaConfig, step_flops
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 PATIENCE = timedelta(hours=24)  # rank 0 builds pairs, or evaluates, for hours while others wait
@@ -45,6 +50,23 @@ FAULTY_STEPS = 3  # in a row: then it is not a pair that is at fault
 
 
 # --------------------------------------------------------------------------------------- processes
+
+def say(text: str) -> None:
+    """Print a line, once for all processes."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(text, flush=True)
+
+
+def choose_device(threads: int) -> torch.device:
+    """This process's GPU, or the CPU with its share of the cores (or so many threads)."""
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    share = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    torch.set_num_threads(threads or max(1, share))
+    return device
+
 
 def init_processes(device: torch.device) -> None:
     """The default process group. A lone process, without torchrun, needs no rendezvous."""
@@ -229,7 +251,7 @@ def append_metrics(folder: str, metrics: dict) -> None:
             f.write(json.dumps(metrics) + "\n")
     except OSError as e:
         os.truncate(path, size)
-        print(f"warning: {path}: step {metrics['step']} is not in it ({e.strerror})", flush=True)
+        say(f"warning: {path}: step {metrics['step']} is not in it ({e.strerror})")
 
 
 def keep_metrics(folder: str, steps: int) -> None:
@@ -247,14 +269,145 @@ def keep_metrics(folder: str, steps: int) -> None:
     os.replace(path + ".tmp", path)
 
 
-# ------------------------------------------------------------------------- evaluating a checkpoint
+# ---------------------------------------------------------------------------- what a step has done
+
+def is_due(done: int, interval: int, steps: int) -> bool:
+    """Every so many steps (0: never), and after the last."""
+    if done == steps:
+        return True
+    return interval > 0 and done % interval == 0
+
+
+def scored_tokens(batch: Batch) -> int:
+    """Tokens whose logits are made: the answers'."""
+    scored = 0
+    for segment in batch.segments:
+        if segment.prefix_end:
+            scored += segment.end - segment.start
+    return scored
+
+
+def work_of(model: Llama, share: list[tuple[Batch, float]], device: torch.device) -> dict:
+    """Tokens and 1e12 floating-point operations of a step, over all processes."""
+    tokens = 0
+    flops = 0
+    for batch, _ in share:
+        tokens += len(batch.tokens)
+        flops += step_flops(model, batch.segments, scored_tokens(batch))
+    work = torch.tensor([tokens, flops / 1e12], device=device)
+    dist.all_reduce(work)
+    tokens, tflop = work.tolist()
+    return {"tokens": tokens, "tflop": tflop}
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes that this process has held at its worst moment."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    # Of a CPU process all there is, with what malloc keeps for itself.
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def sentence(step: int, metrics: dict) -> str:
+    """A step as aligned numbers; metrics are named as TRL names them."""
+    accuracy = metrics["rewards/accuracies"]
+    margin = metrics["rewards/margins"]
+    chosen = metrics["logps/chosen"]
+    rejected = metrics["logps/rejected"]
+    return (f"step {step:5d}  loss {metrics['loss']:.4f}  accuracy {accuracy:.2f}  "
+            f"margin {margin:+6.2f}  chosen {chosen:7.3f}  rejected {rejected:7.3f}  "
+            f"nll {metrics['nll']:6.3f}")
+
+
+def throughput(metrics: dict, peak: float | None, processes: int, seconds_left: float) -> str:
+    """Tokens and TFLOP a second over all processes, their share of the datasheet's, time left."""
+    tokens = metrics["tokens"] / metrics["seconds"]
+    tflops = metrics["tflop"] / metrics["seconds"]
+    share = ""
+    if peak:
+        share = f"  MFU {1e12 * tflops / (peak * processes):.1%}"
+    minutes, seconds = divmod(round(seconds_left), 60)
+    hours, minutes = divmod(minutes, 60)
+    return (f"  {tokens:7,.0f} tokens/s  {tflops:6.3g} TFLOP/s{share}"
+            f"  left {hours}:{minutes:02d}:{seconds:02d}")
+
+
+class Report:
+    """Every step in metrics.jsonl; every log_interval steps, and at a fault, a sentence."""
+
+    def __init__(self, folder: str, cfg: dict, processes: int, peak: float | None):
+        self.folder = folder
+        self.cfg = cfg
+        self.processes = processes
+        self.peak = peak
+        self.recent = deque(maxlen=20)  # seconds of the last steps
+
+    def step(self, metrics: dict, first: dict) -> None:
+        """metrics: of a step, with "held_out" where that was evaluated. first: held-out, before."""
+        if dist.get_rank() == 0:
+            append_metrics(self.folder, metrics)
+        steps = self.cfg["steps"]
+        done = metrics["step"]
+        text = sentence(done, metrics)
+        text += f"  lr {metrics['lr']:.2e}  |grad| {metrics['grad_norm']:6.2f}"
+        text += f"  {metrics['seconds']:.2f}s"
+        first_step = not self.recent
+        if not first_step:  # that one also warms up, and says nothing about speed
+            pace = sum(self.recent) / len(self.recent)
+            text += throughput(metrics, self.peak, self.processes, pace * (steps - done))
+        faulty = "skipped" in metrics
+        if faulty:
+            text += f"  not finite, left out from here on: pairs {metrics['skipped']}"
+        if first_step or faulty or is_due(done, self.cfg["log_interval"], steps):
+            say(text)
+        self.recent.append(metrics["seconds"])
+        if "held_out" in metrics:
+            say(sentence(done, metrics["held_out"]) + "  held-out")
+            warn_of_displacement(first["logps/chosen"], metrics["held_out"]["logps/chosen"])
+
+
+def warn_of_displacement(before: float, now: float) -> None:
+    """Likelihood displacement: margins grow while the chosen answer is lost with the others."""
+    if now < before - 0.5:
+        say(f"warning: chosen log-prob fell from {before:.3f} to {now:.3f}: "
+            "raise sft_weight or lower lr")
+
+
+# ------------------------------------------------------------------------------------- checkpoints
+
+def save(folder: str, model: Llama, optimizer: torch.optim.AdamW, state: dict,
+         stopped: bool) -> None:
+    """A checkpoint, and its evaluations. A disk that is full costs the checkpoint, not the run.
+
+    state: what the checkpoint says beside tensors; its "config" tells what is kept and evaluated.
+    stopped: the run ends here, so a checkpoint that cannot be written is an error.
+    """
+    cfg = state["config"]
+    step = state["step"]
+    path = os.path.join(folder, f"step_{step:06d}")
+    error = f"{path}: not written, since no step has changed a weight"
+    if optimizer.state:
+        # AdamW counts the updates. A step that was left out, as not finite, was none.
+        updates = int(next(iter(optimizer.state.values()))["step"])
+        state = {**state, "updates": updates, "processes": dist.get_world_size(),
+                 "torch": torch.__version__}
+        error = save_checkpoint(path, model, optimizer, state)
+    if error and stopped:
+        raise BadInput(error)
+    if error:
+        say(f"warning: {error}: the run goes on without this checkpoint")
+        return
+    if dist.get_rank() == 0:
+        prune(folder, cfg["keep"])
+    if cfg["evals"] and not stopped:
+        if dist.get_rank() == 0:
+            evaluate_checkpoint(folder, step, cfg["evals"])
+        # The others wait in the default group, the one with the patience, and in no other.
+        dist.barrier()
+
 
 def evaluate_checkpoint(folder: str, step: int, commands: list[str]) -> None:
-    """A config's `evals` on a checkpoint's model, each in a process of its own.
-
-    One process calls this, and may be at it for hours. The others wait in a barrier of the default
-    group, the one that waits longest, with nothing under way in another.
-    """
+    """A config's `evals` on a checkpoint's model, each in a process of its own."""
     name = f"step_{step:06d}"
     out = os.path.join(folder, "eval", name)
     merged = os.path.join(out, name)
@@ -273,5 +426,5 @@ def run_script(*words: str) -> bool:
     environment = {**alone, "PYTHONPATH": HERE}
     ended = subprocess.run([sys.executable, *words], env=environment)
     if ended.returncode:
-        print(f"warning: {' '.join(words)} failed: the run goes on without it", flush=True)
+        say(f"warning: {' '.join(words)} failed: the run goes on without it")
     return ended.returncode == 0

@@ -14,15 +14,14 @@
 Reads a Hugging Face folder. Writes, under out/NAME: pairs.jsonl, metrics.jsonl, step_000100/ (to
 resume), hf/ (the aligned model), adapter/ (LoRA), result.json, config.json, source/ (what made it).
 One process and many take one path: a step's groups are shared out, and gradient and metrics are
-means over all of them. What guards a run (lock, signals, resuming, damage) stands in guard.py.
+means over all of them. What watches over a run (lock, signals, checkpoints, damage, its printed
+lines) stands in guard.py.
 """
 import gc
 import math
 import os
-import resource
 import sys
 import time
-from collections import deque
 from functools import cache
 
 import torch
@@ -43,10 +42,8 @@ from checkpoint import (
     load_checkpoint,
     load_pretrained,
     load_weights,
-    prune,
     read_config,
     save_adapter,
-    save_checkpoint,
     save_pretrained,
     sha256,
     start_lora,
@@ -70,8 +67,9 @@ from data import (
     split_pairs,
     step_samples,
 )
+from guard import say
 from loss import logo_loss
-from model import Llama, count_parameters, step_flops
+from model import Llama, count_parameters
 from tokenizer import load_tokenizer
 
 # ------------------------------------------------------------------------------------- 1. settings
@@ -90,19 +88,12 @@ sys.excepthook = guard.on_error
 cfg = load_config(sys.argv[1:])
 rank = int(os.environ.get("RANK", "0"))
 world = int(os.environ.get("WORLD_SIZE", "1"))
-say = print if rank == 0 else lambda *args, **kwargs: None
 check_settings(cfg)
 check_training(cfg, world)
 if cfg["evals"]:
     from evals.__main__ import OPTIONS
     guard.check_evals(cfg["evals"], OPTIONS)
-
-device = torch.device("cpu")
-if torch.cuda.is_available():
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    torch.cuda.set_device(device)
-cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-torch.set_num_threads(cfg["threads"] or max(1, cores))
+device = guard.choose_device(cfg["threads"])
 dtype = getattr(torch, cfg["dtype"])  # of the forward pass; what trains is stored in float32
 shard_size = cfg["shard_size"] or world
 
@@ -146,7 +137,7 @@ def right_answers(open_model, label: str) -> dict[int, tuple[int, int]]:
         right, asked = count_right(open_model(), tokenizer, cfg, size, rank, world)
         found[size] = (right, asked)
         say(f"right answers {label:24s} context {size:6d}  {right:4d} of {asked:4d}  "
-            f"{right / asked:.3f}", flush=True)
+            f"{right / asked:.3f}")
     return found
 
 
@@ -161,7 +152,7 @@ trained, frozen = count_parameters(model)
 say(f"{cfg['name']}: {cfg['model']}, {trained:,} trained + {frozen:,} frozen parameters, "
     f"{world} process(es) on {device.type}, window {cfg['window']}, M = {cfg['n_rejected']}")
 say(f"beta {cfg['beta']}, gamma {cfg['gamma']}, lambda {cfg['sft_weight']}; "
-    f"{cfg['steps']} steps of {cfg['batch_size']} groups, lr {cfg['lr']}", flush=True)
+    f"{cfg['steps']} steps of {cfg['batch_size']} groups, lr {cfg['lr']}")
 if resumed:
     before = state["before"]
     say(f"resumed from {resumed}")
@@ -386,7 +377,7 @@ def step_without_faults(model, optimizer, step: int) -> dict:
     share = share_of(samples, usable)
     metrics = train_step(model, optimizer, share, learning_rate(step, cfg))
     if is_finite(metrics):
-        return {**metrics, **work_of(model, share)}
+        return {**metrics, **guard.work_of(model, share, device)}
     found = set()
     for sample in usable:
         # All processes take the same pair, one after another, so all find the same.
@@ -397,29 +388,11 @@ def step_without_faults(model, optimizer, step: int) -> dict:
     if found and usable_of(samples):
         metrics = step_without_faults(model, optimizer, step)
     found.update(metrics.get("skipped", []))
-    return {**work_of(model, share), **metrics, "skipped": sorted(found)}
+    return {**guard.work_of(model, share, device), **metrics, "skipped": sorted(found)}
 
 
 def usable_of(samples: list[Sample]) -> list[Sample]:
     return [sample for sample in samples if train[sample.pair]["id"] not in skipped]
-
-
-def work_of(model: Llama, share: list[tuple[Batch, float]]) -> dict[str, float]:
-    """Tokens and 1e12 floating-point operations of a step, over all processes."""
-    tokens = 0
-    flops = 0
-    for batch, _ in share:
-        tokens += len(batch.tokens)
-        flops += step_flops(model, batch.segments, scored_tokens(batch))
-    work = torch.tensor([tokens, flops / 1e12], device=device)
-    dist.all_reduce(work)
-    tokens, tflop = work.tolist()
-    return {"tokens": tokens, "tflop": tflop}
-
-
-def scored_tokens(batch: Batch) -> int:
-    """Tokens whose logits are made: the answers'."""
-    return sum(segment.end - segment.start for segment in batch.segments if segment.prefix_end)
 
 
 @torch.no_grad()
@@ -433,13 +406,6 @@ def evaluate(model: Llama) -> dict[str, float]:
         parts.append((metrics, 1 / len(held_out)))
     model.reshard()  # without a backward nobody else gives the root's gathered parameters back
     return mean_over_all(parts) if parts else {}
-
-
-def say_metrics(step: int, metrics: dict, extra: str) -> None:
-    say(f"step {step:5d}  loss {metrics['loss']:.4f}  "
-        f"accuracy {metrics['rewards/accuracies']:.2f}  margin {metrics['rewards/margins']:+6.2f}  "
-        f"chosen {metrics['logps/chosen']:7.3f}  rejected {metrics['logps/rejected']:7.3f}  "
-        f"nll {metrics['nll']:6.3f}{extra}", flush=True)
 
 
 def say_estimate(model: Llama) -> None:
@@ -456,85 +422,16 @@ def say_estimate(model: Llama) -> None:
         if largest is None or len(batch.tokens) > len(largest.tokens):
             largest = batch
     accumulating = len(samples) > micro * world
-    memory = peak_memory(model, cfg, len(largest.tokens), scored_tokens(largest), shard_size,
-                         accumulating)
-    say(describe(trained, frozen, tokens, memory), flush=True)
-
-
-def throughput(metrics: dict, seconds_left: float) -> str:
-    """Tokens and TFLOP a second over all processes, their share of the datasheet's, time left."""
-    from bench.plan import peak_flops
-
-    tokens = metrics["tokens"] / metrics["seconds"]
-    tflops = metrics["tflop"] / metrics["seconds"]
-    peak = peak_flops(device)
-    share = f"  MFU {1e12 * tflops / (peak * world):.1%}" if peak else ""
-    minutes, seconds = divmod(round(seconds_left), 60)
-    hours, minutes = divmod(minutes, 60)
-    return (f"  {tokens:7,.0f} tokens/s  {tflops:6.3g} TFLOP/s{share}"
-            f"  left {hours}:{minutes:02d}:{seconds:02d}")
-
-
-def report(metrics: dict, first: dict) -> None:
-    """A line of metrics.jsonl; every log_interval steps, and at a fault, a printed sentence."""
-    if rank == 0:
-        guard.append_metrics(folder, metrics)
-    step = metrics["step"]
-    extra = f"  lr {metrics['lr']:.2e}  |grad| {metrics['grad_norm']:6.2f}"
-    extra += f"  {metrics['seconds']:.2f}s"
-    first_step = not recent
-    if not first_step:  # that one also warms up, and says nothing about speed
-        pace = sum(recent) / len(recent)
-        extra += throughput(metrics, pace * (cfg["steps"] - step))
-    faulty = "skipped" in metrics
-    if faulty:
-        extra += f"  not finite, left out from here on: pairs {metrics['skipped']}"
-    if first_step or faulty or is_due(step, cfg["log_interval"]):
-        say_metrics(step, metrics, extra)
-    recent.append(metrics["seconds"])
-    if "held_out" in metrics:
-        say_metrics(step, metrics["held_out"], "  held-out")
-        # Likelihood displacement: the margin grows while the chosen answer is lost as well.
-        was = first["logps/chosen"]
-        now = metrics["held_out"]["logps/chosen"]
-        if now < was - 0.5:
-            say(f"warning: chosen log-prob fell from {was:.3f} to {now:.3f}: "
-                "raise sft_weight or lower lr")
-
-
-def is_due(steps_done: int, interval: int) -> bool:
-    """Every so many steps (0: never), and after the last."""
-    if steps_done == cfg["steps"]:
-        return True
-    return interval > 0 and steps_done % interval == 0
-
-
-def save(model, optimizer, metrics: dict, stopped: bool) -> None:
-    """A checkpoint, and its evaluations. A disk that is full costs the checkpoint, not the run."""
-    step = metrics["step"]
-    path = os.path.join(folder, f"step_{step:06d}")
-    error = f"{path}: not written, since no step has changed a weight"
-    if optimizer.state:
-        updates = int(next(iter(optimizer.state.values()))["step"])
-        state = {**origin, "step": step, "updates": updates, "held_out": metrics.get("held_out"),
-                 "skipped": sorted(skipped)}
-        error = save_checkpoint(path, model, optimizer, state)
-    if error and stopped:
-        raise BadInput(error)
-    if error:
-        say(f"warning: {error}: the run goes on without this checkpoint", flush=True)
-        return
-    if rank == 0:
-        prune(folder, cfg["keep"])
-    if cfg["evals"] and not stopped:
-        if rank == 0:
-            guard.evaluate_checkpoint(folder, step, cfg["evals"])
-        dist.barrier()
+    scored = guard.scored_tokens(largest)
+    memory = peak_memory(model, cfg, len(largest.tokens), scored, shard_size, accumulating)
+    say(describe(trained, frozen, tokens, memory))
 
 
 start_step = state["step"] if resumed else 0
-recent = deque(maxlen=20)  # seconds of the last steps
+peak = None  # FLOP/s of the device on its datasheet, where we know it
 if rank == 0:
+    from bench.plan import peak_flops
+    peak = peak_flops(device)
     guard.keep_metrics(folder, start_step)
     say_estimate(model)
 if resumed:
@@ -543,9 +440,9 @@ else:
     now = evaluate(model)
     before["held_out"] = now
     if held_out:
-        say_metrics(0, now, f"  held-out ({len(held_out)} pairs)")
-origin = {"config": cfg, "pairs": pairs_digest, "before": before, "processes": world,
-          "torch": torch.__version__}  # what a checkpoint says of the run beside its numbers
+        say(guard.sentence(0, now) + f"  held-out ({len(held_out)} pairs)")
+origin = {"config": cfg, "pairs": pairs_digest, "before": before}
+report = guard.Report(folder, cfg, world, peak)
 
 # From here on SIGTERM and Ctrl-C wait for the end of a step, which then leaves a checkpoint.
 stop = guard.StopSignals()
@@ -555,24 +452,24 @@ for step in range(start_step, cfg["steps"]):
     metrics = step_without_faults(model, optimizer, step)
     metrics["step"] = done = step + 1
     metrics["seconds"] = time.time() - begun
-    if held_out and is_due(done, cfg["eval_interval"]):
+    if held_out and guard.is_due(done, cfg["eval_interval"], cfg["steps"]):
         metrics["held_out"] = now = evaluate(model)
-    report(metrics, before["held_out"])
+    report.step(metrics, before["held_out"])
     faults.watch(metrics)
     stopped = stop.agreed(device)
-    if stopped or cfg["save_interval"] and is_due(done, cfg["save_interval"]):
-        save(model, optimizer, metrics, stopped)
+    due = cfg["save_interval"] and guard.is_due(done, cfg["save_interval"], cfg["steps"])
+    if stopped or due:
+        state = {**origin, "step": done, "held_out": metrics.get("held_out"),
+                 "skipped": sorted(skipped)}
+        guard.save(folder, model, optimizer, state, stopped)
     if stopped and done < cfg["steps"]:
         say(f"stopped after step {done}: resume=auto goes on from {folder}/step_{done:06d}")
         dist.destroy_process_group()
         guard.leave(0)
 stop.release()
 lap("train")
-if device.type == "cuda":
-    used = torch.cuda.max_memory_allocated()
-else:
-    used = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # with what malloc keeps
-say(f"peak memory of this process so far: {used / 2**30:.2f} GiB", flush=True)
+used = guard.peak_memory(device)
+say(f"peak memory of this process so far: {used / 2**30:.2f} GiB")
 
 
 # ------------------------------------------------------------------ 6. after: export, questions
@@ -608,6 +505,6 @@ if rank == 0:
               "processes": world, "resumed": resumed, "skipped": sorted(skipped),
               "peak_memory": used, "seconds": seconds, "torch": torch.__version__}
     write_json(result, os.path.join(folder, "result.json"))
-    say(f"{export}: the aligned model; {folder}/result.json: before and after; seconds:", seconds)
+    say(f"{export}: the aligned model; {folder}/result.json: before and after; seconds: {seconds}")
 dist.destroy_process_group()
 guard.leave(0)
