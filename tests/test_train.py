@@ -654,6 +654,12 @@ def test_the_trained_model_is_gone_before_its_export_is_loaded_and_a_step_names_
         assert f"  lr {m['lr']:.2e}  " in line
 
 
+def test_a_steps_speed_by_hand():
+    metrics = {"tokens": 8000.0, "tflop": 500.0, "seconds": 2.0}
+    assert guard.throughput(metrics, None, 8, 3725) == "    4,000 tokens/s     250 TFLOP/s  left 1:02:05"
+    assert "  MFU 10.0%" in guard.throughput(metrics, 312.5e12, 8, 0)
+
+
 LOADED = """
 import os, runpy, sys
 sys.path.insert(0, sys.argv.pop(1))
