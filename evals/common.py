@@ -129,7 +129,10 @@ def subjects_of(folder: str, options: dict) -> list[Subject]:
     if options["compare"]:
         subjects.append(Subject(options["compare"], options))
         for subject in subjects:
-            subject.name = os.path.normpath(subject.folder)  # runs end alike: out/a/hf, out/b/hf
+            # Not the last part alone: runs end alike, out/a/hf and out/b/hf.
+            subject.name = os.path.normpath(subject.folder)
+        if subjects[0].name == subjects[1].name:
+            refuse("compare", options["compare"], "another folder than the model's")
     return subjects
 
 

@@ -262,13 +262,17 @@ def test_the_tiny_worlds_needles():
 
 
 def test_needle_command(tmp_path, capsys):
+    (tmp_path / "same").symlink_to(TINY)
     main(["needle", TINY, f"haystack={WORLD}", "tasks=multikey", "lengths=[60,100]", "depths=[0,100]", "samples=3",
-          TAIL, "max_new_tokens=16", "retrieval=True", f"out={tmp_path}", f"compare={TINY}/", "window=80"])
+          TAIL, "max_new_tokens=16", "retrieval=True", f"out={tmp_path}", f"compare={tmp_path / 'same'}/", "window=80"])
     found = json.loads((tmp_path / "needle.json").read_text())
     assert len(found["table"]) == 8 and {r["length"] for r in found["table"]} == {60, 100}
     assert np.mean([r["score"] for r in found["table"]]) > 0.8 and found["window"] == 80
     out = capsys.readouterr().out
-    assert "retrieval heads" in out and (tmp_path / "needle_multikey.png").is_file() == (tmp_path / "retrieval.png").is_file()
+    pytest.importorskip("matplotlib")
+    assert "retrieval heads" in out and (tmp_path / "needle_multikey.png").is_file() and (tmp_path / "retrieval.png").is_file()
+    (mine, same) = found["heads"].values()
+    assert mine == same and found["table"][:4] == [{**row, "model": TINY} for row in found["table"][4:]]
 
 
 # ------------------------------------------------------------------------------------------------------ perplexity
@@ -558,7 +562,8 @@ def test_log_probs_of_pairs_are_transformers(run, tiny, theirs):
 def test_a_word_that_is_not_utf8_loses_no_result(tmp_path):
     folder = os.fsencode(tmp_path) + b"/\xff"
     words = ["needle", TINY, f"haystack={WORLD}", "lengths=[40]", "depths=[50]", "samples=1", "max_new_tokens=2"]
-    done = subprocess.run([sys.executable, "-m", "evals", *words, b"out=" + folder], cwd=ROOT, capture_output=True)
+    done = subprocess.run([sys.executable, "-m", "evals", *words, b"out=" + folder], cwd=ROOT, capture_output=True,
+                          env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"})    # as in any UTF-8 locale but C
     assert done.returncode == 0, done.stderr
     found = json.loads(open(folder + b"/needle.json", encoding="utf-8", errors="surrogateescape").read())
     assert found["table"] and os.fsencode(found["options"]["out"]) == folder
@@ -657,6 +662,8 @@ def test_both_folders_are_looked_at_before_a_model_is_read(monkeypatch):
     monkeypatch.setattr("evals.common.load_pretrained", lambda *args: pytest.fail("the model was read"))
     with pytest.raises(BadInput, match="nowhere"):
         main([*NEEDLE, f"haystack={WORLD}", "compare=nowhere"])
+    with pytest.raises(BadInput, match="compare is"):
+        main([*NEEDLE, f"haystack={WORLD}", f"compare={TINY}/"])
     with pytest.raises(BadInput, match="nowhere"):
         main([*PPL, "evaluator=nowhere", "lengths=[64,128]", "stride=8", "truncated=16"])
 
