@@ -26,8 +26,9 @@ import sys
 import time
 import traceback
 from collections import deque
+from collections.abc import Callable
 from datetime import timedelta
-from typing import IO
+from typing import IO, Any
 
 import torch
 import torch.distributed as dist
@@ -38,7 +39,7 @@ from configs import (
     BadInput,
     default_groups,
     exit_on_bad_input,
-    with_arguments,
+    load_config,
     write_json,
 )
 from data import Batch
@@ -175,17 +176,18 @@ def check_adapter(cfg: dict, config: LlamaConfig) -> None:
                            f"this run has {key}={cfg[key]}")
 
 
-def check_evals(commands: list[str], known: dict[str, dict]) -> None:
-    """Commands of python -m evals, said wrong, would fail hours later, one at each checkpoint.
+def check_evals(commands: list[str], read_command: Callable[[list[str]], Any]) -> None:
+    """Commands of python -m evals, said wrong, would fail hours later, at the first checkpoint.
 
-    known: {command: its options with their defaults}.
+    read_command: that of evals, which refuses a command line that it cannot run.
     """
     for text in commands:
         try:
             command, *words = shlex.split(text)
-            if command not in known:
-                raise BadInput(f"unknown command, expected one of {', '.join(known)}")
-            with_arguments(known[command], words)
+            if command == "questions":
+                load_config(words)
+            else:
+                read_command([command, "MODEL", *words])
         except ValueError as e:  # BadInput is one; shlex's, of a quote without its partner, too
             raise BadInput(f"evals: {text!r}: {e}") from e
 

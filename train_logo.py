@@ -91,8 +91,8 @@ world = int(os.environ.get("WORLD_SIZE", "1"))
 check_settings(cfg)
 check_training(cfg, world)
 if cfg["evals"]:
-    from evals.__main__ import OPTIONS
-    guard.check_evals(cfg["evals"], OPTIONS)
+    from evals.__main__ import read_command
+    guard.check_evals(cfg["evals"], read_command)
 device = guard.choose_device(cfg["threads"])
 dtype = getattr(torch, cfg["dtype"])  # of the forward pass; what trains is stored in float32
 shard_size = cfg["shard_size"] or world
