@@ -26,7 +26,8 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from os.path import exists, join
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -37,6 +38,9 @@ from torch.distributed.tensor import DTensor
 
 from configs import BadInput, exit_on_bad_input, read_json, reading, write_json
 from model import Llama, LlamaConfig, LoRALinear
+
+Tensors = dict[str, Tensor]
+Settings = dict[str, Any]  # what a JSON file holds
 
 SHARD_BYTES = 4 << 30  # of one file of an exported model
 FLOATS = ("F64", "F32", "F16", "BF16")  # what safetensors calls the dtypes that a weight may have
@@ -97,12 +101,14 @@ def read_rows(p: Tensor, key: str, paths: list[str]) -> None:
             row += count
 
 
-def check_parameters(wanted: dict[str, Tensor], files: dict[str, str], where: str,
+def check_parameters(wanted: Tensors, files: dict[str, str], where: str,
                      ignore: tuple[str, ...] = ()) -> None:
     """BadInput if {key: path} is not what {key: parameter} needs: names, shapes, kinds of number.
 
     ignore: parts of names that a file may have beyond what is wanted.
     """
+    # A tensor too many is as bad as one too few: the norm or bias of another architecture, without
+    # which this model would run and say something else.
     missing = sorted(wanted.keys() - files.keys())
     unexpected = []
     for name in sorted(files.keys() - wanted.keys()):
@@ -130,7 +136,7 @@ def check_tensor(found, key: str, expected: list[int], path: str) -> None:
                        f"expected one of {', '.join(FLOATS)}")
 
 
-def read_parameters(wanted: dict[str, Tensor], files: dict[str, str], where: str,
+def read_parameters(wanted: Tensors, files: dict[str, str], where: str,
                     ignore: tuple[str, ...] = ()) -> None:
     """Fill {key: parameter} from {key: path}, all of it checked before anything is read."""
     check_parameters(wanted, files, where, ignore)
@@ -149,7 +155,7 @@ def full_tensor(p: Tensor) -> Tensor:
     return p.cpu()
 
 
-def write_tensors(tensors: dict[str, Tensor], path: str) -> None:
+def write_tensors(tensors: Tensors, path: str) -> None:
     """One safetensors file, on the disk when this returns."""
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     save_file(contiguous, path, metadata={"format": "pt"})
@@ -168,11 +174,13 @@ def sync(path: str) -> None:
 
 def put_in_place(tmp: str, folder: str) -> None:
     """Give a finished folder its name. What had it before goes only then."""
-    for path in glob.glob(os.path.join(glob.escape(tmp), "*")):
+    # Without this a rename may reach the disk before what it names: after a power cut the folder
+    # would look finished, with empty files in it.
+    for path in glob.glob(join(glob.escape(tmp), "*")):
         sync(path)
     sync(tmp)
     shutil.rmtree(folder + ".old", ignore_errors=True)
-    if os.path.exists(folder):
+    if exists(folder):
         os.rename(folder, folder + ".old")
     os.rename(tmp, folder)
     sync(os.path.dirname(os.path.abspath(folder)))
@@ -195,33 +203,52 @@ def writing(folder: str) -> Iterator[str]:
         shutil.rmtree(tmp, ignore_errors=True)
 
 
-# ------------------------------------------------------------------------------- config.json
+# ------------------------------------------------------------------------------- checked values
 
-SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-         "num_attention_heads")
-FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias")
-ROPE_NUMBERS = {  # what each kind of scaling cannot do without
-    "default": (),
-    "linear": ("factor",),
-    "yarn": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-}
-YARN_NUMBERS = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim",
-                "original_max_position_embeddings")  # and what YaRN may say besides
+class Kind(NamedTuple):
+    """What a value of a JSON file may be. Python alone would take many for another: True for 1."""
+    fits: Callable[[Any], bool]
+    words: str
+
+
+SIZE = Kind(lambda value: type(value) is int and 0 < value < 1 << 31, "a whole number above 0")
+# JSON as Python reads it knows NaN and Infinity.
+NUMBER = Kind(lambda value: type(value) in (int, float) and 0 < value < math.inf,
+              "a finite number above 0")
+FLAG = Kind(lambda value: type(value) is bool, "true or false")
+TEXT = Kind(lambda value: isinstance(value, str) and value != "", "a text")
+OBJECT = Kind(lambda value: isinstance(value, dict) and value != {}, "an object with keys in it")
+NAMES = Kind(lambda value: (isinstance(value, list) and value != []
+                            and all(isinstance(name, str) and name for name in value)),
+             "a list of names")
 
 
 def refuse(path: str, key: str, value: Any, expected: str) -> NoReturn:
     raise BadInput(f"{path}: {key} is {value!r}, expected {expected}")
 
 
-def is_size(value: Any) -> bool:
-    """A whole number from 1 to 2^31 - 1. True is an int in Python, and no size."""
-    return type(value) is int and 0 < value < 1 << 31
+def checked(raw: Settings, key: str, kind: Kind, path: str, default: Any = None) -> Any:
+    """The value of a key, or the default for null and nothing. BadInput for another kind."""
+    value = raw.get(key)
+    if value is None and default is not None:
+        return default
+    if not kind.fits(value):
+        refuse(path, key, value, kind.words)
+    return value
 
 
-def is_positive(value: Any) -> bool:
-    """A number above 0. JSON as Python reads it knows NaN and Infinity, which are none."""
-    return type(value) in (int, float) and 0 < value < math.inf
+# ------------------------------------------------------------------------------- config.json
+
+FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias")
+# What each kind of scaling needs, and what YaRN may say besides.
+ROPE_NUMBERS = {
+    "default": (),
+    "linear": ("factor",),
+    "yarn": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+YARN_NUMBERS = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim",
+                "original_max_position_embeddings")
 
 
 def read_config(path: str) -> LlamaConfig:
@@ -232,11 +259,12 @@ def read_config(path: str) -> LlamaConfig:
     raw = read_json(path)
     with reading(path):
         check_architecture(raw, path)
-        return LlamaConfig(**read_sizes(raw, path), **read_options(raw, path),
-                           rope=read_rope(raw, path), raw=raw)
+        flags = {key: checked(raw, key, FLAG, path, default=False) for key in FLAGS}
+        return LlamaConfig(**read_sizes(raw, path), **flags, rope=read_rope(raw, path), raw=raw,
+                           rms_norm_eps=checked(raw, "rms_norm_eps", NUMBER, path, default=1e-6))
 
 
-def check_architecture(raw: dict, path: str) -> None:
+def check_architecture(raw: Settings, path: str) -> None:
     """BadInput for what would run here and mean something else."""
     kind = raw.get("model_type")
     if kind not in ("llama", "mistral"):
@@ -247,91 +275,81 @@ def check_architecture(raw: dict, path: str) -> None:
         if raw.get(key) not in allowed:
             raise BadInput(f"{path}: {key} is {raw[key]!r}, which this model does not implement")
     if kind == "mistral" and "sliding_window" not in raw:
-        # transformers then takes 4096, which is not implemented here.
+        # transformers then takes 4096.
         raise BadInput(f"{path}: no sliding_window, which means 4096 for a mistral: expected null")
 
 
-def read_sizes(raw: dict, path: str) -> dict[str, int]:
-    """The whole numbers of a LlamaConfig, each at least 1 and fitting the others."""
-    sizes = {key: raw.get(key) for key in SIZES}
-    for key, value in sizes.items():
-        if not is_size(value):
-            refuse(path, key, value, "a whole number of at least 1")
+def read_sizes(raw: Settings, path: str) -> dict[str, int]:
+    """The whole numbers of a LlamaConfig, fitting each other. Defaults are transformers' own."""
+    sizes = {}
+    for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+                "num_attention_heads"):
+        sizes[key] = checked(raw, key, SIZE, path)
+    width = sizes["hidden_size"]
     heads = sizes["num_attention_heads"]
-    derived = {"num_key_value_heads": heads, "head_dim": sizes["hidden_size"] // heads,
-               "max_position_embeddings": 2048}
-    for key, default in derived.items():
-        sizes[key] = default if raw.get(key) is None else raw[key]
-        if not is_size(sizes[key]):
-            refuse(path, key, sizes[key], "a whole number of at least 1")
-    if raw.get("head_dim") is None and sizes["hidden_size"] % heads:
-        refuse(path, "num_attention_heads", heads,
-               f"a divisor of hidden_size={sizes['hidden_size']}")
-    if heads % sizes["num_key_value_heads"]:
-        refuse(path, "num_key_value_heads", sizes["num_key_value_heads"],
-               f"a divisor of num_attention_heads={heads}")
-    if sizes["head_dim"] % 2:
-        refuse(path, "head_dim", sizes["head_dim"], "an even number: rotary positions turn pairs")
-    return sizes
+    if raw.get("head_dim") is None and width % heads:
+        refuse(path, "num_attention_heads", heads, f"a divisor of hidden_size={width}")
+    head_dim = checked(raw, "head_dim", SIZE, path, default=width // heads)
+    if head_dim % 2:
+        refuse(path, "head_dim", head_dim, "an even number: rotary positions turn pairs")
+    kv_heads = checked(raw, "num_key_value_heads", SIZE, path, default=heads)
+    if heads % kv_heads:
+        refuse(path, "num_key_value_heads", kv_heads, f"a divisor of num_attention_heads={heads}")
+    window = checked(raw, "max_position_embeddings", SIZE, path, default=2048)
+    return {**sizes, "head_dim": head_dim, "num_key_value_heads": kv_heads,
+            "max_position_embeddings": window}
 
 
-def read_options(raw: dict, path: str) -> dict[str, float | bool]:
-    """rms_norm_eps and the flags, as far as the file has them."""
-    options = {key: raw[key] for key in ("rms_norm_eps", *FLAGS) if raw.get(key) is not None}
-    for key, value in options.items():
-        if key in FLAGS and type(value) is not bool:
-            refuse(path, key, value, "true or false")
-        if key not in FLAGS and not is_positive(value):
-            refuse(path, key, value, "a positive number")
-    return options
-
-
-def read_rope(raw: dict, path: str) -> dict[str, Any]:
+def read_rope(raw: Settings, path: str) -> Settings:
     """One dict {"rope_type", "rope_theta", ...} out of both dialects.
 
     transformers 5 writes rope_parameters, older ones rope_theta and rope_scaling. Where a file has
     all of them, rope_scaling counts, as in transformers.
     """
-    for key in ("rope_scaling", "rope_parameters"):
-        if raw.get(key) is not None and not isinstance(raw[key], dict):
-            refuse(path, key, raw[key], "an object or null")
-    rope = dict(raw.get("rope_scaling") or raw.get("rope_parameters") or {})
+    rope = {}
+    for key in ("rope_parameters", "rope_scaling"):
+        found = raw.get(key)
+        if found is not None and not isinstance(found, dict):
+            refuse(path, key, found, "an object or null")
+        rope = dict(found or rope)
     if rope.get("original_max_position_embeddings") is None:
-        rope.pop("original_max_position_embeddings", None)  # null: the window of config.json
-    kind = rope.pop("type", None)  # the spelling before rope_type
-    if kind is None:
-        kind = rope.get("rope_type")
+        # null means the window of config.json, which is about to change.
+        rope.pop("original_max_position_embeddings", None)
+    kind = rope.get("rope_type")
+    oldest = rope.pop("type", None)  # the spelling before rope_type
+    if oldest is not None:
+        kind = oldest
     rope["rope_type"] = "default" if kind is None else kind
-    if rope.get("rope_theta") is None:
-        rope["rope_theta"] = 10000.0 if raw.get("rope_theta") is None else raw["rope_theta"]
+    theta = checked(raw, "rope_theta", NUMBER, path, default=10000.0)
+    rope["rope_theta"] = checked(rope, "rope_theta", NUMBER, path, default=theta)
     check_rope(rope, path)
     return rope
 
 
-def check_rope(rope: dict[str, Any], path: str) -> None:
+def check_rope(rope: Settings, path: str) -> None:
+    """BadInput for a scaling that is not implemented, or whose numbers would turn nothing right."""
     kind = rope["rope_type"]
     if not isinstance(kind, str) or kind not in ROPE_NUMBERS:
         refuse(path, "rope_type", kind, f"one of {', '.join(ROPE_NUMBERS)}")
     for key, value in rope.items():
+        # A dict: the frequencies of one kind of layer, in models that have several kinds.
         if isinstance(value, dict) or key == "partial_rotary_factor" and value not in (None, 1.0):
             raise BadInput(f"{path}: {key} is {value!r}, which this model does not implement")
-    if not is_positive(rope["rope_theta"]) or rope["rope_theta"] <= 1:
+    # Frequencies are powers of 1 / theta: at 1 all dimensions turn alike, below it they speed up.
+    if rope["rope_theta"] <= 1:
         refuse(path, "rope_theta", rope["rope_theta"], "a number above 1")
     for key in ROPE_NUMBERS[kind]:
-        if not is_positive(rope.get(key)):
-            refuse(path, key, rope.get(key), f"a positive number for rope_type {kind!r}")
+        checked(rope, key, NUMBER, path)
     if kind == "yarn":
         for key in YARN_NUMBERS:
-            if rope.get(key) is not None and not is_positive(rope[key]):
-                refuse(path, key, rope[key], "a positive number or null")
-        if type(rope.get("truncate", True)) is not bool:
-            refuse(path, "truncate", rope["truncate"], "true or false")
+            checked(rope, key, NUMBER, path, default=1.0)
+        checked(rope, "truncate", FLAG, path, default=True)
     if kind == "llama3" and rope["low_freq_factor"] >= rope["high_freq_factor"]:
         refuse(path, "low_freq_factor", rope["low_freq_factor"],
                f"less than high_freq_factor={rope['high_freq_factor']}")
 
 
-def config_json(config: LlamaConfig) -> dict[str, Any]:
+def config_json(config: LlamaConfig) -> Settings:
     """The dict to write as config.json: the file that was read, with what has changed since."""
     raw = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu"}
     raw.update(config.raw)
@@ -356,7 +374,7 @@ def config_json(config: LlamaConfig) -> dict[str, Any]:
 def load_pretrained(folder: str, dtype: torch.dtype = torch.float32,
                     device: str | torch.device = "cpu", adapter: str = "") -> Llama:
     """A whole Llama from a Hugging Face folder, with a PEFT adapter on it where one is named."""
-    config = read_config(os.path.join(folder, "config.json"))
+    config = read_config(join(folder, "config.json"))
     with torch.device("meta"):
         model = Llama(config)
         if adapter:
@@ -378,7 +396,7 @@ def load_weights(model: Llama, folder: str) -> None:
     read_parameters(base_parameters(model), files, folder, ignored_names(model.config))
 
 
-def base_parameters(model: Llama) -> dict[str, Tensor]:
+def base_parameters(model: Llama) -> Tensors:
     """{name: parameter} without LoRA's matrices; a tied head is not among them."""
     return {name: p for name, p in model.named_parameters() if "lora_" not in name}
 
@@ -392,11 +410,11 @@ def ignored_names(config: LlamaConfig) -> tuple[str, ...]:
 
 def weight_files(folder: str) -> dict[str, str]:
     """{tensor name: path} of a folder with one file of weights, or with an index of several."""
-    index = os.path.join(folder, "model.safetensors.index.json")
-    single = os.path.join(folder, "model.safetensors")
-    if os.path.exists(index):
+    index = join(folder, "model.safetensors.index.json")
+    single = join(folder, "model.safetensors")
+    if exists(index):
         return indexed_files(index)
-    if os.path.exists(single):
+    if exists(single):
         return {name: single for name in tensor_names(single)}
     raise BadInput(f"{folder}: neither model.safetensors nor model.safetensors.index.json is there")
 
@@ -411,7 +429,7 @@ def indexed_files(index: str) -> dict[str, str]:
         if not isinstance(file, str) or not re.fullmatch(r"[^/\\\0]+\.safetensors", file):
             refuse(index, name, file, "the name of a .safetensors file beside it, without a folder")
     folder = os.path.dirname(index)
-    files = {name: os.path.join(folder, file) for name, file in weight_map.items()}
+    files = {name: join(folder, file) for name, file in weight_map.items()}
     held = {path: tensor_names(path) for path in sorted(set(files.values()))}
     for name, path in sorted(files.items()):
         if name not in held[path]:
@@ -455,6 +473,7 @@ def merged_weights(model: Llama, dtype: torch.dtype | None = None) -> Iterator[T
         tensor = full_tensor(p)
         target = dtype or tensor.dtype
         if isinstance(module, LoRALinear) and name.endswith(".weight"):
+            # In bfloat16 the product would be rounded once more, and most of a small one be lost.
             A = full_tensor(module.lora_A.weight).float()
             B = full_tensor(module.lora_B.weight).float()
             tensor = tensor.float() + module.scale * (B @ A)
@@ -484,12 +503,12 @@ def write_model(model: Llama, tensors: Iterator[Tensor], folder: str, dtype: tor
     files = files_of_names(model, dtype)
     with writing(folder) as tmp:
         for file, names in files.items():
-            write_tensors({name: next(tensors) for name in names}, os.path.join(tmp, file))
+            write_tensors({name: next(tensors) for name in names}, join(tmp, file))
         if len(files) > 1:
             weight_map = {}
             for file, names in files.items():
                 weight_map.update(dict.fromkeys(names, file))
-            index = os.path.join(tmp, "model.safetensors.index.json")
+            index = join(tmp, "model.safetensors.index.json")
             write_json({"metadata": {}, "weight_map": weight_map}, index)
         write_config(model, tmp, dtype or model.model.norm.weight.dtype, tokenizer)
 
@@ -517,15 +536,15 @@ def write_config(model: Llama, folder: str, dtype: torch.dtype, tokenizer: str |
     """config.json, and the tokenizer's files out of the folder `tokenizer`."""
     config = config_json(model.config)
     config["dtype"] = str(dtype).removeprefix("torch.")
-    write_json(config, os.path.join(folder, "config.json"))
+    write_json(config, join(folder, "config.json"))
     if not tokenizer:
         return
     for name in TOKENIZER_FILES:
-        if os.path.exists(os.path.join(tokenizer, name)):
-            shutil.copy(os.path.join(tokenizer, name), folder)
+        if exists(join(tokenizer, name)):
+            shutil.copy(join(tokenizer, name), folder)
     # transformers cuts text at the tokenizer's own limit, whatever window config.json announces.
-    path = os.path.join(folder, "tokenizer_config.json")
-    settings = read_json(path) if os.path.exists(path) else {}
+    path = join(folder, "tokenizer_config.json")
+    settings = read_json(path) if exists(path) else {}
     limit = settings.get("model_max_length")
     if type(limit) in (int, float) and limit < model.config.max_position_embeddings:
         settings["model_max_length"] = model.config.max_position_embeddings
@@ -534,7 +553,7 @@ def write_config(model: Llama, folder: str, dtype: torch.dtype, tokenizer: str |
 
 # ------------------------------------------------------------------------------- adapters
 
-def adapter_tensors(model: Llama) -> tuple[dict[str, Tensor], list[str]]:
+def adapter_tensors(model: Llama) -> tuple[Tensors, list[str]]:
     """({PEFT's key: parameter}, the modules that PEFT saves in full) of what is trained."""
     tensors = {}
     modules = []
@@ -555,7 +574,7 @@ def adapter_tensors(model: Llama) -> tuple[dict[str, Tensor], list[str]]:
     return tensors, modules
 
 
-def save_adapter(model: Llama, folder: str, base: str, lora: dict[str, Any],
+def save_adapter(model: Llama, folder: str, base: str, lora: Settings,
                  tokenizer: str | None = None, write: bool = True) -> None:
     """Write what was trained for PEFT: LoRA's matrices, and in full what modules_to_save names.
 
@@ -573,8 +592,8 @@ def save_adapter(model: Llama, folder: str, base: str, lora: dict[str, Any],
                 "bias": "none", "inference_mode": True, "target_modules": targets,
                 "modules_to_save": modules or None}
     with writing(folder) as tmp:
-        write_tensors(tensors, os.path.join(tmp, "adapter_model.safetensors"))
-        write_json(settings, os.path.join(tmp, "adapter_config.json"))
+        write_tensors(tensors, join(tmp, "adapter_model.safetensors"))
+        write_json(settings, join(tmp, "adapter_config.json"))
         write_config(model, tmp, next(iter(parameters.values())).dtype, tokenizer)
 
 
@@ -595,40 +614,31 @@ PLAIN_LORA = {
 }
 
 
-def read_adapter(folder: str, config: LlamaConfig) -> dict[str, Any]:
+def read_adapter(folder: str, config: LlamaConfig) -> Settings:
     """adapter_config.json as the keys of Llama.train_only. BadInput for anything but plain LoRA."""
-    path = os.path.join(folder, "adapter_config.json")
+    path = join(folder, "adapter_config.json")
     raw = read_json(path)
     for key, allowed in PLAIN_LORA.items():
         if raw.get(key) not in allowed:
             refuse(path, key, raw.get(key), repr(allowed[-1]))
-    alpha = raw.get("lora_alpha", 8)  # PEFT's own default
-    if not is_size(raw.get("r")):
-        refuse(path, "r", raw.get("r"), "a whole number of at least 1")
-    if not is_positive(alpha):
-        refuse(path, "lora_alpha", alpha, "a positive number")
-    targets = raw.get("target_modules")
+    rank = checked(raw, "r", SIZE, path)
+    alpha = checked({"lora_alpha": 8, **raw}, "lora_alpha", NUMBER, path)  # PEFT's own default
+    targets = checked(raw, "target_modules", NAMES, path)
     modules = raw.get("modules_to_save") or []
-    if not is_names(targets) or not targets:
-        refuse(path, "target_modules", targets, "a list of names")
-    if not is_names(modules):
-        refuse(path, "modules_to_save", modules, "a list of names or null")
+    if modules:
+        checked(raw, "modules_to_save", NAMES, path)
     if config.tie_word_embeddings:
         # PEFT's copy of the embeddings, see adapter_tensors: here they are one tensor all the time.
         modules = [name for name in modules if name != "lm_head"]
+    # PEFT may list "model.layers.0.self_attn.q_proj" for each layer. A layer that it leaves out is
+    # found by its missing tensors.
     targets = sorted({target.split(".")[-1] for target in targets})
-    return {"lora_r": raw["r"], "lora_alpha": alpha, "train_also": ",".join(modules),
+    return {"lora_r": rank, "lora_alpha": alpha, "train_also": ",".join(modules),
             "lora_targets": ",".join(targets)}
-
-
-def is_names(value: Any) -> bool:
-    """A list of texts, none of them empty."""
-    return isinstance(value, list) and all(isinstance(name, str) and name for name in value)
-
 
 def load_adapter(model: Llama, folder: str) -> None:
     """Fill what is trained from an adapter's folder. BadInput for other names or shapes."""
-    path = os.path.join(folder, "adapter_model.safetensors")
+    path = join(folder, "adapter_model.safetensors")
     files = {key: path for key in tensor_names(path)}
     tensors, _ = adapter_tensors(model)
     read_parameters(tensors, files, folder)
@@ -638,6 +648,7 @@ def load_adapter(model: Llama, folder: str) -> None:
 
 def all_gather(value: Any) -> list[Any]:
     """The JSON-like values of all processes, in order of rank."""
+    # The values are pickled on their way between our own processes; no file ever is.
     values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
@@ -657,7 +668,7 @@ def sha256_of_json(value: Any) -> str:
 
 
 def save_checkpoint(folder: str, model: Llama, optimizer: torch.optim.Optimizer,
-                    state: dict[str, Any]) -> str | None:
+                    state: Settings) -> str | None:
     """Write what is trained and AdamW's moments, each process its own rows, and `state`.
 
     state: JSON, with "step" and "config". All processes call it. Returns None, or on every process
@@ -666,7 +677,7 @@ def save_checkpoint(folder: str, model: Llama, optimizer: torch.optim.Optimizer,
     tmp = folder + ".tmp"
     if dist.get_rank() == 0:
         shutil.rmtree(tmp, ignore_errors=True)
-    dist.barrier()
+    dist.barrier()  # or a fast process's shard would be removed as a leftover
     digests, error = attempt(write_shard, tmp, model, optimizer)
     everyone = all_gather((digests, error))
     errors = [error for _, error in everyone if error]
@@ -700,64 +711,75 @@ def write_shard(tmp: str, model: Llama, optimizer: torch.optim.Optimizer) -> dic
     if dist.get_rank() != part:
         return {}  # of the replicas of hybrid sharding the first one writes
     tensors = {}
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            tensors[name] = own_rows(p)[0].cpu()
-            for key in MOMENTS:
-                tensors[f"{name}.{key}"] = own_rows(optimizer.state[p][key])[0].cpu()
+    for name, p in trained_parameters(model).items():
+        for key, tensor in stored_tensors(name, p, optimizer.state[p]).items():
+            local, _, _ = own_rows(tensor)
+            tensors[key] = local.cpu()
     os.makedirs(tmp, exist_ok=True)
-    file = f"shard_{part}_of_{parts}.safetensors"
-    write_tensors(tensors, os.path.join(tmp, file))
-    return {file: sha256(os.path.join(tmp, file))}
+    file = shard_name(part, parts)
+    path = join(tmp, file)
+    write_tensors(tensors, path)
+    return {file: sha256(path)}
+
+
+def trained_parameters(model: Llama) -> Tensors:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def stored_tensors(name: str, p: Tensor, moments: Tensors) -> Tensors:
+    """{key in a shard: tensor} of one parameter and its two moments."""
+    tensors = {name: p}
+    for key in MOMENTS:
+        tensors[f"{name}.{key}"] = moments[key]
+    return tensors
+
+
+def shard_name(part: int, parts: int) -> str:
+    return f"shard_{part}_of_{parts}.safetensors"
 
 
 def finish_checkpoint(tmp: str, folder: str, shards: list[dict[str, str]],
-                      state: dict[str, Any]) -> None:
+                      state: Settings) -> None:
     """Write state.json with every shard's digest and its own, and give the folder its name."""
     digests = {}
     for found in shards:
         digests.update(found)
     for file in digests:
-        if not os.path.exists(os.path.join(tmp, file)):
+        if not exists(join(tmp, file)):
             raise OSError(f"{file} is not visible here: put out= on a disk that all nodes share")
     content = {**state, "shards": digests}
-    write_json({**content, "sha256": sha256_of_json(content)}, os.path.join(tmp, "state.json"))
+    write_json({**content, "sha256": sha256_of_json(content)}, join(tmp, "state.json"))
     put_in_place(tmp, folder)
 
 
 # ------------------------------------------------------------------------- checkpoints: reading
 
-def read_state(folder: str, part: int = 0, parts: int = 1) -> dict[str, Any]:
+def read_state(folder: str, part: int = 0, parts: int = 1) -> Settings:
     """state.json of a checkpoint whose files are what was written, else BadInput.
 
     Of the shards it reads every parts-th, beginning with number `part`.
     """
-    path = os.path.join(folder, "state.json")
+    path = join(folder, "state.json")
     state = read_json(path)
     digest = state.pop("sha256", None)
     if digest != sha256_of_json(state):
         raise BadInput(f"{path}: not as it was written (its sha256 differs)")
     check_state(state, path)
     for name in sorted(state["shards"])[part::parts]:
-        file = os.path.join(folder, name)
-        if not os.path.exists(file):
+        file = join(folder, name)
+        if not exists(file):
             raise BadInput(f"{file}: no such file")
         if sha256(file) != state["shards"][name]:
             raise BadInput(f"{file}: not as it was written (its sha256 differs from state.json)")
     return state
 
 
-def check_state(state: dict[str, Any], path: str) -> None:
+def check_state(state: Settings, path: str) -> None:
     """BadInput for a state that this file did not write, though its digest fits."""
-    if type(state.get("step")) is not int or state["step"] < 0:
-        refuse(path, "step", state.get("step"), "a whole number")
-    if not isinstance(state.get("config"), dict):
-        refuse(path, "config", state.get("config"), "an object of settings")
-    shards = state.get("shards")
-    if not isinstance(shards, dict) or not shards:
-        refuse(path, "shards", shards, "an object from file names to digests")
-    complete = {f"shard_{i}_of_{len(shards)}.safetensors" for i in range(len(shards))}
-    if shards.keys() != complete:
+    checked(state, "step", SIZE, path)
+    checked(state, "config", OBJECT, path)
+    shards = checked(state, "shards", OBJECT, path)
+    if shards.keys() != {shard_name(part, len(shards)) for part in range(len(shards))}:
         refuse(path, "shards", sorted(shards), f"shard_I_of_{len(shards)}.safetensors for each I")
 
 
@@ -775,20 +797,21 @@ def step_of(path: str, ending: str = "") -> int | None:
 def checkpoints(run: str) -> list[str]:
     """The step_ folders of a run, the newest first."""
     found = []
-    for path in glob.glob(os.path.join(glob.escape(str(run)), "step_*")):
+    for path in glob.glob(join(glob.escape(str(run)), "step_*")):
         if step_of(path) is not None:
             found.append(path)
     return sorted(found, key=step_of, reverse=True)
 
 
-def find_checkpoint(run: str, resume: str) -> tuple[str | None, dict[str, Any] | None]:
+def find_checkpoint(run: str, resume: str) -> tuple[str | None, Settings | None]:
     """(folder, state) to go on from, or (None, None). The same on all processes.
 
     resume "": none, and BadInput where there is one that would be overwritten. "auto": the newest
     whole one; each damaged one is named. Otherwise a folder.
     """
     folders = checkpoints(run) if resume in ("", "auto") else [resume]
-    folders = all_gather(folders)[0]  # as the first process sees it
+    # As the first process sees it: a shared disk may show a new folder to one node before another.
+    folders = all_gather(folders)[0]
     if folders and not resume:
         raise BadInput(f"{folders[0]} is there: resume=auto goes on from it; to start anew, remove "
                        f"the step_ folders of {run} or name another out=")
@@ -806,62 +829,63 @@ def find_checkpoint(run: str, resume: str) -> tuple[str | None, dict[str, Any] |
     return None, None
 
 
-def read_state_together(folder: str) -> tuple[dict[str, Any] | None, str | None]:
+def read_state_together(folder: str) -> tuple[Settings | None, str | None]:
     """(state, None), or (None, what is wrong with it). Each process checks some of the files."""
-    state = error = None
+    state = None
+    error = None
     try:
         state = read_state(folder, dist.get_rank(), dist.get_world_size())
     except BadInput as e:
         error = str(e)
-    for error in all_gather(error):
-        if error:
-            return None, error
+    for found in all_gather(error):
+        if found:
+            return None, found
     return state, None
 
 
 @torch.no_grad()
-def load_checkpoint(folder: str, state: dict[str, Any], model: Llama,
+def load_checkpoint(folder: str, state: Settings, model: Llama,
                     optimizer: torch.optim.Optimizer | None = None) -> None:
     """Fill what is trained, and AdamW's moments, from a checkpoint of any number of processes."""
     parts = len(state["shards"])
-    paths = [os.path.join(folder, f"shard_{i}_of_{parts}.safetensors") for i in range(parts)]
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    paths = [join(folder, shard_name(part, parts)) for part in range(parts)]
+    trained = trained_parameters(model)
     check_shards(trained, paths, folder)
+
     for name, p in trained.items():
-        read_rows(p, name, paths)
         if optimizer is None:
+            read_rows(p, name, paths)
             continue
+        moments = {key: torch.zeros_like(p, requires_grad=False) for key in MOMENTS}
+        for key, tensor in stored_tensors(name, p, moments).items():
+            read_rows(tensor, key, paths)
         # AdamW counts steps in a tensor, which the fused kernel wants beside the moments.
         device = p.device if optimizer.defaults["fused"] else "cpu"
-        optimizer.state[p] = {"step": torch.tensor(float(state["step"]), device=device)}
-        for key in MOMENTS:
-            moment = torch.zeros_like(p, requires_grad=False)
-            read_rows(moment, f"{name}.{key}", paths)
-            optimizer.state[p][key] = moment
+        step = torch.tensor(float(state["step"]), device=device)
+        optimizer.state[p] = {"step": step, **moments}
 
 
-def check_shards(trained: dict[str, Tensor], paths: list[str], folder: str) -> None:
+def check_shards(trained: Tensors, paths: list[str], folder: str) -> None:
     """BadInput unless the shards hold all rows of what is trained, and of its moments."""
-    with reading(folder):
-        for path in paths:
-            held = {name for name in tensor_names(path) if not name.endswith(MOMENTS)}
-            differ = sorted(trained.keys() ^ held)
+    wanted = {}
+    for name, p in trained.items():
+        wanted |= stored_tensors(name, p, dict.fromkeys(MOMENTS, p))
+    found = {key: [] for key in wanted}
+    for path in paths:
+        with open_safetensors(path) as f:
+            differ = sorted(wanted.keys() ^ set(f.keys()))
             if differ:
-                raise BadInput(f"{folder}: {differ[0]} is trained in one of checkpoint and model")
-        shapes = [tensor_shapes(path) for path in paths]
-        for name, p in trained.items():
-            for key in (name, *(f"{name}.{moment}" for moment in MOMENTS)):
-                rows = sum(shape[key][0] for shape in shapes)
-                widths = {tuple(shape[key][1:]) for shape in shapes}
-                if rows != len(p) or widths != {tuple(p.shape[1:])}:
-                    found = [shape[key] for shape in shapes]
-                    raise BadInput(f"{folder}: {key} has shapes {found}, "
-                                   f"expected the rows of {list(p.shape)}")
+                raise BadInput(f"{path}: {differ[0]} is trained in one of checkpoint and model")
+            for key in wanted:
+                found[key].append(f.get_slice(key).get_shape())
 
-
-def tensor_shapes(path: str) -> dict[str, list[int]]:
-    with open_safetensors(path) as f:
-        return {name: f.get_slice(name).get_shape() for name in f.keys()}
+    for key, p in wanted.items():
+        # Rows that are missing would stay what they were, so they are counted.
+        rows = sum(math.prod(shape[:1]) for shape in found[key])
+        shapes = [[rows, *shape[1:]] for shape in found[key]]
+        if any(shape != list(p.shape) for shape in shapes):
+            raise BadInput(f"{folder}: {key} has shapes {found[key]}, "
+                           f"expected the rows of {list(p.shape)}")
 
 
 # ------------------------------------------------------------------------- checkpoints: removing
@@ -872,13 +896,14 @@ def prune(run: str, keep: int) -> None:
     Also what a kill left half written or half removed. Nothing else in the folder is touched. What
     cannot be removed is a warning: the run is worth more than the disk.
     """
+    # The newest are for going on, the best is for use: training may be past it when it ends.
     folders = checkpoints(run)
     best = best_checkpoint(folders)
     for folder in folders[keep:]:
         if folder != best:
             # Renamed first: a kill while it is being removed leaves no half checkpoint.
             warn_on_failure(os.rename, folder, folder + ".tmp")
-    for path in glob.glob(os.path.join(glob.escape(str(run)), "step_*")):
+    for path in glob.glob(join(glob.escape(str(run)), "step_*")):
         if step_of(path, r"\.(tmp|old)") is not None:
             warn_on_failure(shutil.rmtree, path)
 
@@ -895,7 +920,7 @@ def best_checkpoint(folders: list[str]) -> str | None:
     losses = {}
     for folder in folders:
         try:
-            loss = read_json(os.path.join(folder, "state.json"))["held_out"]["loss"]
+            loss = read_json(join(folder, "state.json"))["held_out"]["loss"]
         except (BadInput, KeyError, TypeError):
             continue  # damaged, or not evaluated: no candidate
         if type(loss) is float and math.isfinite(loss):
@@ -908,35 +933,41 @@ def best_checkpoint(folders: list[str]) -> str | None:
 def merge(source: str, out: str, base: str = "") -> None:
     """Write an adapter, or what a checkpoint has trained, with its base model as a model folder."""
     out = os.path.normpath(out)
-    if os.path.exists(out):
+    if exists(out):
         raise BadInput(f"{out}: is already there")
-    adapter_config = os.path.join(source, "adapter_config.json")
-    if os.path.exists(adapter_config):
-        base = base or read_json(adapter_config).get("base_model_name_or_path")
-        if not isinstance(base, str) or not base:
-            refuse(adapter_config, "base_model_name_or_path", base, "a folder")
-        model = load_pretrained(base, dtype_of(base), adapter=source)
-        if os.path.exists(os.path.join(source, "config.json")):
-            model.config = read_config(os.path.join(source, "config.json"))
+    if exists(join(source, "adapter_config.json")):
+        model, base = load_adapted(source, base)
     else:
-        state = read_state(source)
-        base = base or state["config"].get("model")
-        model = load_trained(source, state, base)
+        model, base = load_trained(source, base)
     save_pretrained(model, out, dtype_of(base), tokenizer=base)
     print(f"{out}: {source} on {base}")
 
 
-def load_trained(folder: str, state: dict[str, Any], base: str) -> Llama:
-    """The model that a checkpoint of a run on `base` was taken of."""
-    with reading(os.path.join(folder, "state.json")):
+def load_adapted(folder: str, base: str) -> tuple[Llama, str]:
+    """The model that an adapter makes of its base, and the base: that given, else that it names."""
+    path = join(folder, "adapter_config.json")
+    base = base or checked(read_json(path), "base_model_name_or_path", TEXT, path)
+    model = load_pretrained(base, dtype_of(base), adapter=folder)
+    # save_adapter's: the window and the RoPE base of the training. PEFT writes none.
+    path = join(folder, "config.json")
+    if exists(path):
+        model.config = read_config(path)
+    return model, base
+
+
+def load_trained(folder: str, base: str) -> tuple[Llama, str]:
+    """The model that a checkpoint was taken of, and its base: that given, else that of the run."""
+    state = read_state(folder)
+    path = join(folder, "state.json")
+    with reading(path):
         cfg = state["config"]
+        base = base or checked(cfg, "model", TEXT, path)
         dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[cfg["dtype"]]
-        lora = [cfg[key] for key in ("lora_r", "lora_alpha", "lora_targets", "train_also")]
         model = load_pretrained(base, dtype)
-        model.config.extend(cfg["window"], cfg["rope_theta"])
-        model.train_only(*lora)
+        model.config.extend(cfg["window"], cfg["rope_theta"])  # as the run did
+        model.train_only(cfg["lora_r"], cfg["lora_alpha"], cfg["lora_targets"], cfg["train_also"])
     load_checkpoint(folder, state, model)
-    return model
+    return model, base
 
 
 if __name__ == "__main__":

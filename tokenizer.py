@@ -295,7 +295,7 @@ def read_llama3(path: Path) -> Vocabulary:
 
 
 def read_sentencepiece(path: Path) -> Vocabulary:
-    """Llama 2 and Mistral. As in Meta's code, each encode() begins with a word mark: "a" is "▁a"."""
+    """Llama 2 and Mistral. As in Meta's code, each text begins with a word mark: "a" is "▁a"."""
     try:
         from sentencepiece import SentencePieceProcessor
         model = SentencePieceProcessor(model_file=str(path))
@@ -472,7 +472,7 @@ class Tokenizer:
         return self._fill(head), self._fill([(template.tail, user_tail)]), stops
 
     def _fill(self, forms: list[tuple[str, str]]) -> list[int]:
-        """(format, text) pairs -> ids. Control tokens come out before text goes in: it brings none."""
+        """(format, text) pairs -> ids. Control tokens come out before text goes in: it has none."""
         control = {**self.special, "<bos>": self.bos_id, "<eos>": self.eos_id}
         # Between two control tokens all is encoded at once: a word may cross two formats.
         ids = []

@@ -14,8 +14,21 @@ from safetensors.torch import load_file, save_file
 from test_model import ROPES, edit_json, hf_model, rows
 
 import checkpoint
-from checkpoint import (config_json, load_checkpoint, load_pretrained, merge, prune, read_adapter, read_config,
-                        read_state, save_adapter, save_pretrained, sha256, sha256_of_json, start_lora)
+from checkpoint import (
+    config_json,
+    load_checkpoint,
+    load_pretrained,
+    merge,
+    prune,
+    read_adapter,
+    read_config,
+    read_state,
+    save_adapter,
+    save_pretrained,
+    sha256,
+    sha256_of_json,
+    start_lora,
+)
 from configs import BadInput
 
 peft = pytest.importorskip("peft")
