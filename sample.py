@@ -35,6 +35,7 @@ def check(options: dict) -> None:
     """Before the model is read. BadInput names the key."""
     if options["dtype"] not in ("float32", "bfloat16"):
         refuse("dtype", options["dtype"], "float32 or bfloat16")
+    # PyTorch's generators take no larger one.
     if options["seed"] >= 2 ** 63:
         refuse("seed", options["seed"], "less than 2 ** 63")
     if not 0 < options["top_p"] <= 1:
@@ -49,6 +50,7 @@ def read_context(path: str) -> str:
     if not path:
         return ""
     try:
+        # A book with a few bytes in another encoding is still worth a question.
         with open(path, encoding="utf-8", errors="replace") as f:
             return f.read()
     except OSError as e:
@@ -118,9 +120,18 @@ def main(argv: list[str]) -> None:
         copied.extend(copied_places(prompt, place, token, tops))
 
     generator = torch.Generator(device).manual_seed(options["seed"])
-    generate(model, [prompt], options["max_new_tokens"], options["temperature"],
-             options["top_p"], stops, generator, look=look)
+    generate(
+        model,
+        [prompt],
+        options["max_new_tokens"],
+        options["temperature"],
+        options["top_p"],
+        stops,
+        generator,
+        look=look,
+    )
     writer.end()
+    # On standard error, so that the answer alone can be piped on.
     if context:
         heading = f"\n{len(document):,} tokens of context; looked at and copied from:"
         print(heading, file=sys.stderr)
@@ -132,6 +143,7 @@ def print_chunks(document: list[int], copied: list[int], size: int, tokenizer: T
     by_chunk = {}
     for place in copied:
         by_chunk.setdefault(place // size, []).append(place)
+    # By how often, not by how many tokens: two heads on one token are two votes for its chunk.
     most = sorted(by_chunk.items(), key=lambda item: -len(item[1]))[:SHOWN]
     for number, places in most:
         text = tokenizer.decode(document[number * size:(number + 1) * size])

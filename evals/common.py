@@ -35,7 +35,8 @@ def check_options(options: dict, at_least_one: tuple[str, ...], lists: tuple[str
     """What can be said of a command's options before a model is loaded. BadInput names the key."""
     if options["dtype"] not in ("float32", "bfloat16"):
         refuse("dtype", options["dtype"], "float32 or bfloat16")
-    if not 0 <= options.get("seed", 0) < 2 ** 63:
+    # PyTorch's generators take no larger one.
+    if options.get("seed", 0) >= 2 ** 63:
         refuse("seed", options["seed"], "less than 2 ** 63")
     for key in at_least_one:
         if options[key] < 1:

@@ -141,6 +141,7 @@ def sentences_of(path: str) -> list[str]:
 def hide(facts: list[str], hay: list[str], size: int, depth: int, tokenizer,
          rng: random.Random) -> str:
     """A context of some `size` tokens: facts[0] at depth per cent of it, the others anywhere."""
+    # What is hidden counts: a context of 512 tokens has 512 with its needles.
     left = size
     for fact in facts:
         left -= len(tokenizer.encode(" " + fact))
@@ -175,10 +176,17 @@ def make_example(task: str, size: int, depth: int, sample: int, options: dict, h
                  tokenizer) -> Example:
     """The example of a cell: a function of (seed, task, size, depth, sample) and the haystack."""
     path = options["haystack"]
+    seed = options["seed"]
     if path.endswith(".py"):
-        found = run_file(path).needle(task, size, depth, [options["seed"], sample])
-        return Example(found["context"], found["question"], found["answers"], found["needle"])
-    rng = random.Random(f"{options['seed']} {task} {size} {depth} {sample}")
+        found = run_file(path).needle(task, size, depth, [seed, sample])
+        return Example(
+            context=found["context"],
+            question=found["question"],
+            answers=found["answers"],
+            needle=found["needle"],
+        )
+    # A text as seed: Python hashes all of it, so that no two cells have one stream.
+    rng = random.Random(f"{seed} {task} {size} {depth} {sample}")
     facts, question, answers = make_facts(task, rng)
     context = hide(facts, hay, size, depth, tokenizer, rng)
     return Example(context, question, answers, facts[0])
@@ -234,10 +242,14 @@ def measure_row(subject: Subject, task: str, length: int, hay: list[str], option
             asked.append(example)
             prompts.append(ids)
             places.append(place)
-    look = scores.watch(prompts, places, asked) if scores else None
+    look = None
+    if scores:
+        look = scores.watch(prompts, places, asked)
+    # Prompts share nothing that is known beforehand; should two contexts be equal, once will do.
     shared = [place.stop for place in places]
     said = subject.answers(prompts, shared, options["max_new_tokens"], look)
 
+    # n examples of one depth stand beside each other.
     found = []
     for text, example in zip(said, asked):
         found.append(given(text, example.answers))
@@ -273,19 +285,21 @@ def draw_task(task: str, rows: list[dict], window: int, options: dict) -> None:
     """Length by depth, a panel a model; of two models also what the second gained."""
     lengths = options["lengths"]
     depths = options["depths"]
-    names = list(dict.fromkeys(row["model"] for row in rows))
+    by_model = {}
+    for row in rows:
+        by_model.setdefault(row["model"], []).append(row["score"])
+    titles = list(by_model)
     grids = []
-    for name in names:
-        scores = [row["score"] for row in rows if row["model"] == name]
+    for scores in by_model.values():
+        # Rows of the table go by length, then depth; the picture's by depth.
         grids.append(np.array(scores).reshape(len(lengths), len(depths)).T)
-    titles = names
-    if len(names) == 2:
+    if len(grids) == 2:
         grids.append(grids[1] - grids[0])
-        titles = [*names, f"{names[1]} minus {names[0]}"]
+        titles.append(f"{titles[1]} minus {titles[0]}")
     inside = sum(length <= window for length in lengths)
 
     def paint(axis, number):
-        if number < len(names):
+        if number < len(by_model):
             heat_map(axis, grids[number], 0, 1, ".2f")
         else:
             heat_map(axis, grids[number], -1, 1, "+.2f", difference=True)

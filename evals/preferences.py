@@ -1,10 +1,12 @@
 """Margins, accuracy and log-probs on pairs, as a training run counts them on held-out ones."""
+import os
+
 import numpy as np
 import torch
 
 from configs import BadInput, check_settings, checked, default_groups, load_config
 from data import encode_group, load_pairs, read_header
-from evals.common import COMMON, Subject, check_options, check_path, print_row
+from evals.common import COMMON, Subject, check_options, print_row
 from evals.pictures import save_panels
 from loss import logo_loss
 from tokenizer import load_tokenizer
@@ -26,8 +28,12 @@ TRAIN_KEYS = ("window", "positions", "sparse_share", "draws", "beta", "gamma")
 
 def check(options: dict) -> None:
     check_options(options, (), ())
-    check_path(options, "pairs")
-    settings_of(options)
+    if not options["pairs"]:
+        raise BadInput("pairs is empty, expected a pairs' file")
+    # A training run checks its evals before it has built its pairs. Whoever names a file that is
+    # not there is told so by measure, before any weights are read.
+    if os.path.exists(options["pairs"]):
+        settings_of(options)
 
 
 def settings_of(options: dict) -> dict:
@@ -41,6 +47,7 @@ def settings_of(options: dict) -> dict:
     if not header and not options["config"]:
         raise BadInput(f"{path}: its first line has no settings: name the config that it is for, "
                        "as config=configs/tiny.py")
+    # Keys of the groups paths and run say nothing of the numbers: their defaults do.
     cfg = {}
     if options["config"]:
         cfg = load_config([options["config"]])
@@ -82,8 +89,13 @@ def measure(subjects: list[Subject], options: dict) -> dict:
             pairs = load_pairs(options["pairs"], cfg, tokenizer)
         except BadInput as e:
             raise BadInput(f"{subject.folder}: {e}") from e
-        pairs = pairs[-options["last"]:] if options["last"] else pairs
-        found = torch.stack([pair_logps(subject, pair, tokenizer, cfg) for pair in pairs])
+        if options["last"]:
+            # Training holds out the end of the file.
+            pairs = pairs[-options["last"]:]
+        found = []
+        for pair in pairs:
+            found.append(pair_logps(subject, pair, tokenizer, cfg))
+        found = torch.stack(found)
         logps[subject.name] = found.tolist()
         _, metrics = logo_loss(found[:, 0], found[:, 1:], cfg["beta"], cfg["gamma"])
         row = {"model": subject.name, "n": len(pairs)}
@@ -115,6 +127,7 @@ def draw(result: dict, options: dict) -> None:
     """Histograms of the answers' mean log-probs, a panel a model, on one scale."""
     names = list(result["logps"])
     logps = [np.array(result["logps"][name]) for name in names]
+    # The same bins in all panels, so that their heights can be compared.
     edges = np.linspace(min(each.min() for each in logps), 0, 40)
 
     def paint(axis, number):

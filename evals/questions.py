@@ -20,16 +20,16 @@ def count_right(model: Llama, tokenizer: Tokenizer, cfg: dict, size: int, rank: 
 
     size: as context_size. With several processes each asks its share and all return the sum.
     """
-    examples = read_examples(cfg, "fresh", size)
-    examples = [examples[i] for i in range(rank, len(examples), world)]
-    for example in examples:
+    fresh = read_examples(cfg, "fresh", size)
+    examples = []
+    prompts = []
+    stops = []
+    for i in range(rank, len(fresh), world):
+        example = fresh[i]
         if not example.get("question") or not example.get("answers"):
             raise BadInput(f"{cfg['examples']}: some examples have no question or no answers, "
                            "fresh_questions needs them")
-
-    prompts = []
-    stops = []
-    for example in examples:
+        examples.append(example)
         prefix, suffix, stops = prompt_around(cfg, tokenizer, example["question"])
         # In chunks, as in training: a border between tokens may lie elsewhere in one long text.
         ids = []
@@ -38,13 +38,18 @@ def count_right(model: Llama, tokenizer: Tokenizer, cfg: dict, size: int, rank: 
         prompts.append(prefix + ids + suffix)
 
     right = 0
-    size = cfg["fresh_batch"]
-    for start in range(0, len(prompts), size):
-        answers = generate(model, prompts[start:start + size], cfg["max_new_tokens"],
-                           stop_ids=stops)
+    batch = cfg["fresh_batch"]
+    for start in range(0, len(prompts), batch):
+        answers = generate(
+            model,
+            prompts[start:start + batch],
+            cfg["max_new_tokens"],
+            stop_ids=stops,
+        )
         for ids, example in zip(answers, examples[start:]):
             right += is_right(tokenizer.decode(ids), example["answers"])
 
+    # A process may have no example at all. It takes part in the sum all the same.
     counts = torch.tensor([right, len(examples)])
     if world > 1:
         counts = counts.to(model.lm_head.weight.device)
@@ -65,5 +70,9 @@ def questions(folder: str, argv: list[str]) -> None:
     for size in cfg["fresh_sizes"]:
         start = time.time()
         right, asked = count_right(subject.model, subject.tokenizer, cfg, size)
-        print_row(subject.name, f"context {size:6d}", f"right {share(right, asked)}",
-                  f"{time.time() - start:.1f}s")
+        print_row(
+            subject.name,
+            f"context {size:6d}",
+            f"right {share(right, asked)}",
+            f"{time.time() - start:.1f}s",
+        )
