@@ -7,7 +7,7 @@
       (pairs/)       -> chosen and M rejected answers, written by the policy itself
     pairs.jsonl    {"id", "document", "question", "chunks", "scores", "chosen", "rejected", ...}
       load_pairs     -> pairs, every one checked
-      encode_group   -> tokens and targets of one prompt and its M + 1 answers: the only shift
+      encode_group   -> tokens and targets of one prompt and its M + 1 answers: the shift
       synthesize_positions
                      -> positions spread over the window (Eq. 4)
     Batch          one packed stream of groups; which ones is a function of (seed, step) alone

@@ -2,8 +2,8 @@
 distances.
 
 Wanted are relative distances that are spread uniformly, and as many positions as possible.
-Positions that are themselves spread evenly cannot come below .25 for all pairs: near pairs
-outnumber far ones.
+Where positions are themselves spread evenly, all pairs have .25 to uniform: near pairs outnumber
+far ones.
 """
 from collections.abc import Sequence
 from typing import NamedTuple

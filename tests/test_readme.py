@@ -235,6 +235,15 @@ def test_the_readmes_config_is_a_config(tmp_path):
     assert cfg["name"] == "mine" and len(block.strip().split("\n")) <= 12
 
 
+def test_all_weights_train_by_the_words_of_the_readme():
+    """On a paper's config, whose train_also goes with LoRA alone."""
+    plan = importlib.import_module("bench.plan")
+    words = re.search(r"All weights train at `([^`]+)`", README).group(1).split()
+    for path in sorted((ROOT / "configs").glob("*_*k.py")):
+        model = plan.planned_model(load_config([str(path), *words]), "")
+        assert all(p.requires_grad for p in model.parameters())
+
+
 def test_a_drop_reason_that_is_named_is_one_that_code_gives():
     """In the table of symptoms, and in what 'dropped' columns count."""
     code = "\n".join(path.read_text(encoding="utf-8")
