@@ -309,6 +309,8 @@ def draw_task(task: str, rows: list[dict], window: int, options: dict) -> None:
         axis.set_yticks(range(len(depths)), depths)
         # A window that all lengths fit, or none, has no place between two columns.
         if 0 < inside < len(lengths):
+            # Black on white: a line that is seen on dark cells as well.
+            axis.axvline(inside - 0.5, color="white", linewidth=3)
             axis.axvline(inside - 0.5, color="black", linewidth=2, linestyle="--")
             axis.set_xlabel("context, tokens (dashed: the window)")
 
