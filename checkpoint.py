@@ -239,6 +239,13 @@ def checked(raw: Settings, key: str, kind: Kind, path: str, default: Any = None)
 
 # ------------------------------------------------------------------------------- config.json
 
+# model_type: (its class in transformers, what it always has, whatever the file says).
+FAMILY = {
+    "llama": ("LlamaForCausalLM", {}),
+    "mistral": ("MistralForCausalLM", {}),
+    "qwen2": ("Qwen2ForCausalLM", {"qkv_bias": True}),  # Qwen2.5 and Qwen1.5 as well
+    "qwen3": ("Qwen3ForCausalLM", {"qk_norm": True}),
+}
 FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias")
 # What each kind of scaling needs, and what YaRN may say besides.
 ROPE_NUMBERS = {
@@ -260,20 +267,35 @@ def read_config(path: str) -> LlamaConfig:
     with reading(path):
         check_architecture(raw, path)
         flags = {key: checked(raw, key, FLAG, path, default=False) for key in FLAGS}
-        return LlamaConfig(**read_sizes(raw, path), **flags, rope=read_rope(raw, path), raw=raw,
-                           rms_norm_eps=checked(raw, "rms_norm_eps", NUMBER, path, default=1e-6))
+        _, always = FAMILY[raw["model_type"]]
+        return LlamaConfig(**read_sizes(raw, path), **flags, **always, rope=read_rope(raw, path),
+                           rms_norm_eps=checked(raw, "rms_norm_eps", NUMBER, path, default=1e-6),
+                           raw=raw)
 
 
 def check_architecture(raw: Settings, path: str) -> None:
     """BadInput for what would run here and mean something else."""
     kind = raw.get("model_type")
-    if kind not in ("llama", "mistral"):
-        refuse(path, "model_type", kind, "'llama' or 'mistral'")
+    if kind not in list(FAMILY):  # a list, since a file may say what cannot be hashed
+        refuse(path, "model_type", kind, f"one of {', '.join(FAMILY)}")
     only = {"sliding_window": [None], "quantization_config": [None], "hidden_act": [None, "silu"],
-            "partial_rotary_factor": [None, 1.0]}
+            "partial_rotary_factor": [None, 1.0], "use_sliding_window": [None, False]}
+    if kind.startswith("qwen"):
+        # Their files name a window and say beside it that it is not used. Nor have they these
+        # biases in transformers, which would go past a file that asks for them.
+        del only["sliding_window"]
+        only["mlp_bias"] = [None, False]
+    if kind == "qwen2":
+        only["attention_bias"] = [None, False]
     for key, allowed in only.items():
         if raw.get(key) not in allowed:
             raise BadInput(f"{path}: {key} is {raw[key]!r}, which this model does not implement")
+    for layer in raw.get("layer_types") or []:
+        if layer != "full_attention":
+            refuse(path, "layer_types", raw["layer_types"], "'full_attention' alone")
+    if kind == "qwen3" and raw.get("head_dim") is None:
+        # Not hidden_size / num_attention_heads as everywhere else.
+        raise BadInput(f"{path}: no head_dim, which means 128 for a qwen3: expected a number")
     if kind == "mistral" and "sliding_window" not in raw:
         # transformers then takes 4096.
         raise BadInput(f"{path}: no sliding_window, which means 4096 for a mistral: expected null")
@@ -351,12 +373,22 @@ def check_rope(rope: Settings, path: str) -> None:
                f"less than high_freq_factor={rope['high_freq_factor']}")
 
 
+def model_type(config: LlamaConfig) -> str:
+    """The first of FAMILY with the same biases and norms, for a model that came from no folder."""
+    for kind, (_, always) in FAMILY.items():
+        if all(getattr(config, key) == (key in always) for key in ("qkv_bias", "qk_norm")):
+            return kind
+    raise BadInput("no model_type has both qkv_bias and qk_norm")
+
+
 def config_json(config: LlamaConfig) -> Settings:
     """The dict to write as config.json: the file that was read, with what has changed since."""
-    raw = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu"}
+    kind = config.raw.get("model_type") or model_type(config)
+    raw = {"model_type": kind, "architectures": [FAMILY[kind][0]], "hidden_act": "silu"}
     raw.update(config.raw)
     for key in config.__dataclass_fields__:
-        if key not in ("rope", "raw"):
+        # qkv_bias and qk_norm are said by model_type: nobody else has a key for them.
+        if key not in ("rope", "raw", "qkv_bias", "qk_norm"):
             raw[key] = getattr(config, key)
     # The older name of dtype: two that disagree would mislead a reader.
     raw.pop("torch_dtype", None)

@@ -3,6 +3,7 @@
 Read top to bottom: segments, the config, rotary positions, attention over segments, the block,
 LoRA, the model and its answers' log-probs; what a step costs comes last. Parameters carry Hugging
 Face names and Hugging Face's half-split rotary layout, so weights move in and out untouched.
+Mistral, Qwen2 and Qwen3 are Llamas too, but for the attention's biases and norms.
 
 The model has no batch dimension. A batch is one stream of T tokens, cut into segments:
 
@@ -97,6 +98,8 @@ class LlamaConfig:
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     mlp_bias: bool = False
+    qkv_bias: bool = False  # Qwen2: biases on q, k, v whatever attention_bias says, none on o
+    qk_norm: bool = False   # Qwen3: an RMSNorm on each head of q and of k
     rope: dict = field(default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0})
     raw: dict = field(default_factory=dict)
 
@@ -122,13 +125,16 @@ def rope_frequencies(config: LlamaConfig, device: torch.device | str = "cpu"
     rope = config.rope
     kind = rope["rope_type"]
     steps = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device)
-    frequencies = 1.0 / rope["rope_theta"] ** (steps / config.head_dim)
+    # Everything is divided in transformers' order. Another one rounds to a neighbour now and then,
+    # and one unit in the last place is 0.004 radians at position 60,000.
+    periods = rope["rope_theta"] ** (steps / config.head_dim)  # positions for a radian
+    frequencies = 1.0 / periods
     if kind == "linear":
         return frequencies / rope["factor"], 1.0
     if kind == "llama3":
         return llama3_frequencies(rope, frequencies), 1.0
     if kind == "yarn":
-        return yarn_frequencies(config, frequencies), yarn_temperature(rope)
+        return yarn_frequencies(config, periods), yarn_temperature(rope)
     return frequencies, 1.0
 
 
@@ -136,13 +142,14 @@ def llama3_frequencies(rope: dict, frequencies: Tensor) -> Tensor:
     """Long wavelengths are interpolated, short ones kept, those between are blended."""
     low = rope["low_freq_factor"]
     high = rope["high_freq_factor"]
-    turns = rope["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+    wavelengths = 2 * math.pi / frequencies
+    turns = rope["original_max_position_embeddings"] / wavelengths
     keep = ((turns - low) / (high - low)).clamp(0, 1)
     interpolated = (1 - keep) * frequencies / rope["factor"]
     return interpolated + keep * frequencies
 
 
-def yarn_frequencies(config: LlamaConfig, frequencies: Tensor) -> Tensor:
+def yarn_frequencies(config: LlamaConfig, periods: Tensor) -> Tensor:
     """A ramp over the dimensions: fast pairs are kept, slow ones interpolated (Sec. 3.2)."""
     rope = config.rope
     dim = config.head_dim
@@ -163,11 +170,11 @@ def yarn_frequencies(config: LlamaConfig, frequencies: Tensor) -> Tensor:
     # have not turned once within the window, so that a longer one would show angles never seen.
     low = max(low, 0)
     high = min(high, dim - 1)
-    steps = torch.arange(dim // 2, dtype=torch.float32, device=frequencies.device)
+    steps = torch.arange(dim // 2, dtype=torch.float32, device=periods.device)
     width = max(high - low, 0.001)
-    ramp = ((steps - low) / width).clamp(0, 1)
-    interpolated = frequencies / rope["factor"] * ramp
-    return interpolated + frequencies * (1 - ramp)
+    keep = 1 - ((steps - low) / width).clamp(0, 1)
+    interpolated = 1.0 / (rope["factor"] * periods)
+    return interpolated * (1 - keep) + 1.0 / periods * keep
 
 
 def yarn_temperature(rope: dict) -> float:
@@ -354,16 +361,26 @@ class Attention(nn.Module):
         C, D = config.hidden_size, config.head_dim
         H, K = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = D
-        self.q_proj = nn.Linear(C, H * D, bias=config.attention_bias)
-        self.k_proj = nn.Linear(C, K * D, bias=config.attention_bias)
-        self.v_proj = nn.Linear(C, K * D, bias=config.attention_bias)
+        qkv_bias = config.attention_bias or config.qkv_bias
+        self.q_proj = nn.Linear(C, H * D, bias=qkv_bias)
+        self.k_proj = nn.Linear(C, K * D, bias=qkv_bias)
+        self.v_proj = nn.Linear(C, K * D, bias=qkv_bias)
         self.o_proj = nn.Linear(H * D, C, bias=config.attention_bias)
+        self.qk_norm = config.qk_norm
+        if self.qk_norm:
+            self.q_norm = nn.RMSNorm(D, eps=config.rms_norm_eps)
+            self.k_norm = nn.RMSNorm(D, eps=config.rms_norm_eps)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         T = x.shape[0]
         q_THD = self.q_proj(x).view(T, -1, self.head_dim)
         k_TKD = self.k_proj(x).view(T, -1, self.head_dim)
         v_TKD = self.v_proj(x).view(T, -1, self.head_dim)
+        if self.qk_norm:
+            # Before the rotation, which changes no length: so scores stay bounded, however large
+            # the projections grow. Not kept but repeated, like the norms of the block.
+            q_THD = checkpointed(self.q_norm, q_THD)
+            k_TKD = checkpointed(self.k_norm, k_TKD)
         q_THD = rotate(q_THD, cos, sin)
         k_TKD = rotate(k_TKD, cos, sin)
         out_THD = attend(q_THD, k_TKD, v_TKD)

@@ -113,6 +113,8 @@ def block_activations(model: Llama, tokens: int, size: int) -> tuple[int, int]:
     # A frozen matrix keeps no input for a gradient: norm output and product of the MLP go then.
     kept_of_norms = (3 + mlp_trains) * C
     kept_of_heads = (3 * H + 2 * K) * D
+    if config.qk_norm:
+        kept_of_heads += (H + K) * D  # q and k as they were before their norms
     kept_of_mlp = (2 + mlp_trains) * wide
     kept = kept_of_norms + kept_of_heads + kept_of_mlp
     beside = 2 * C + 3 * wide

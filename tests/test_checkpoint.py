@@ -259,7 +259,7 @@ NAN = float("nan")
     ("sliding_window", [4096, 0, "none"]),
     ("hidden_act", ["gelu", 3, []]),
     ("partial_rotary_factor", [0.5]),
-    ("model_type", ["qwen2", 3, []]),
+    ("model_type", ["gemma", 3, []]),
 ])
 def test_a_value_that_is_none_is_refused_by_key(tmp_path, key, values):
     hf_model().save_pretrained(tmp_path)

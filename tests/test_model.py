@@ -13,9 +13,19 @@ import pytest
 import torch
 import torch.nn as nn
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaForCausalLM, MistralForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaForCausalLM,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 from transformers import LlamaConfig as HFLlamaConfig
 from transformers import MistralConfig as HFMistralConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import model as model_file
 from checkpoint import load_pretrained, read_config, save_pretrained
@@ -40,6 +50,13 @@ ROPES = {
 }
 ROPES = {kind: {"rope_type": kind, "rope_theta": 10000.0, **more} for kind, more in ROPES.items()}
 YARN = ROPES["yarn"]
+# name: (transformers' classes, settings). Of Qwen3's heads, 64 / 4 is not the head dim.
+FAMILIES = {
+    "llama": ((HFLlamaConfig, LlamaForCausalLM), {}),
+    "mistral": ((HFMistralConfig, MistralForCausalLM), {"sliding_window": None}),
+    "qwen2": ((Qwen2Config, Qwen2ForCausalLM), {}),
+    "qwen3": ((Qwen3Config, Qwen3ForCausalLM), {"head_dim": 24}),
+}
 
 
 def hf_model(rope="default", classes=(HFLlamaConfig, LlamaForCausalLM), seed=0, **changes):
@@ -55,6 +72,12 @@ def hf_model(rope="default", classes=(HFLlamaConfig, LlamaForCausalLM), seed=0, 
             if p.ndim == 1:  # norms start at one and biases at zero
                 p.add_(0.3 * torch.randn_like(p))
     return hf
+
+
+def family_model(family, rope="default", **changes):
+    """hf_model of one of FAMILIES."""
+    classes, settings = FAMILIES[family]
+    return hf_model(rope, classes, **{**settings, **changes})
 
 
 def hf_logits(hf, tokens, positions):
@@ -124,8 +147,97 @@ def test_rarer_config_fields_equal_transformers(tmp_path, name, rope, changes):
 
 
 def test_mistral_equals_transformers(tmp_path):
-    hf = hf_model(classes=(HFMistralConfig, MistralForCausalLM), sliding_window=None)
+    hf = family_model("mistral")
     assert_same_logits(reopen(hf, tmp_path), hf)
+
+
+@pytest.mark.parametrize("kv_heads", [2, 4])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("rope", ROPES)
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_qwen_equals_transformers(tmp_path, family, rope, tied, kv_heads):
+    hf = family_model(family, rope, tie_word_embeddings=tied, num_key_value_heads=kv_heads)
+    ours = reopen(hf, tmp_path)
+    names = {name for name, _ in ours.named_parameters()}
+    assert names == {name for name, _ in hf.named_parameters()}
+    added = {"qwen2": {"q_proj.bias", "k_proj.bias", "v_proj.bias"}, "qwen3": {"q_norm.weight", "k_norm.weight"}}
+    assert {name.split("self_attn.")[1] for name in names if "self_attn" in name and "proj.weight" not in name} == added[family]
+    assert_same_logits(ours, hf)
+
+
+@pytest.mark.parametrize("family, changes", [("qwen2", {"head_dim": 24}), ("qwen3", {"attention_bias": True})])
+def test_rarer_fields_of_qwen_equal_transformers(tmp_path, family, changes):
+    hf = family_model(family, **changes)
+    assert_same_logits(reopen(hf, tmp_path), hf)
+
+
+# As published (Qwen2.5-7B-Instruct, Qwen3-8B), with small sizes: a window is named, and not used.
+PUBLISHED = {
+    "qwen2": {"architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 0, "eos_token_id": 1,
+              "hidden_act": "silu", "hidden_size": 64, "initializer_range": 0.2, "intermediate_size": 96,
+              "max_position_embeddings": 32768, "max_window_layers": 1, "model_type": "qwen2", "num_attention_heads": 4,
+              "num_hidden_layers": 2, "num_key_value_heads": 2, "rms_norm_eps": 1e-06, "rope_theta": 1000000.0,
+              "rope_scaling": {"factor": 4.0, "original_max_position_embeddings": 32768, "type": "yarn"},
+              "sliding_window": 131072, "tie_word_embeddings": False, "torch_dtype": "bfloat16", "use_cache": True,
+              "use_sliding_window": False, "vocab_size": 89},
+    "qwen3": {"architectures": ["Qwen3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 0,
+              "eos_token_id": 1, "head_dim": 24, "hidden_act": "silu", "hidden_size": 64, "initializer_range": 0.2,
+              "intermediate_size": 96, "max_position_embeddings": 40960, "max_window_layers": 1, "model_type": "qwen3",
+              "num_attention_heads": 4, "num_hidden_layers": 2, "num_key_value_heads": 2, "rms_norm_eps": 1e-06,
+              "rope_scaling": None, "rope_theta": 1000000, "sliding_window": None, "tie_word_embeddings": False,
+              "torch_dtype": "bfloat16", "use_cache": True, "use_sliding_window": False, "vocab_size": 89},
+}
+
+
+@pytest.mark.parametrize("family", PUBLISHED)
+def test_config_files_as_qwen_publishes_them(tmp_path, family):
+    (tmp_path / "config.json").write_text(json.dumps(PUBLISHED[family]))
+    torch.manual_seed(0)
+    hf = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path), dtype=torch.float32).eval()
+    state = {name: p.detach() + 0.3 * torch.randn(p.shape) * (p.ndim == 1) for name, p in hf.named_parameters()}
+    hf.load_state_dict(state, strict=False)
+    save_file(state, tmp_path / "model.safetensors")
+    ours = load_pretrained(tmp_path)
+    assert_same_logits(ours, hf)
+    save_pretrained(ours, tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    for key, value in PUBLISHED[family].items():
+        if key not in ("torch_dtype", "rope_scaling"):
+            assert written[key] == value, key
+    assert not {"qkv_bias", "qk_norm"} & written.keys()
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert type(again) is type(hf) and again.config.sliding_window is None
+    assert torch.equal(again.model.rotary_emb.inv_freq, hf.model.rotary_emb.inv_freq)
+    tokens, positions = rows(2, 40), gaps(2, 40, 60_000)
+    assert torch.equal(hf_logits(again, tokens, positions), hf_logits(hf, tokens, positions))
+
+
+@pytest.mark.parametrize("family, changes, words", [
+    ("qwen2", {"use_sliding_window": True}, ("use_sliding_window", "True")),
+    ("qwen3", {"use_sliding_window": True}, ("use_sliding_window", "True")),
+    ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, ("layer_types", "sliding_attention")),
+    ("llama", {"layer_types": ["chunked_attention"] * 2}, ("layer_types", "chunked_attention")),
+    ("qwen2", {"layer_types": 3}, ()),
+    ("qwen2", {"attention_bias": True}, ("attention_bias", "True")),
+    ("qwen2", {"mlp_bias": True}, ("mlp_bias", "True")),
+    ("qwen3", {"mlp_bias": True}, ("mlp_bias", "True")),
+    ("qwen3", {"head_dim": None}, ("head_dim", "128")),
+    *[("qwen3", {"model_type": name}, ("model_type", repr(name), "llama, mistral, qwen2, qwen3"))
+      for name in ("qwen2_moe", "qwen3_moe", "qwen2_vl", "qwen3_5", "qwen", "gemma", "gemma3_text", "phi3", "deepseek_v3")],
+], ids=lambda x: x if isinstance(x, str) else next(iter(x)) if isinstance(x, dict) and x else "")
+def test_relatives_that_mean_something_else_are_refused_by_name(tmp_path, family, changes, words):
+    family_model(family).save_pretrained(tmp_path)
+    load_pretrained(tmp_path)
+    edit_json(tmp_path / "config.json", **changes)
+    refused(tmp_path, "config.json", *words)
+
+
+@pytest.mark.parametrize("written, read", [("qwen2", "llama"), ("qwen3", "llama"), ("llama", "qwen2"), ("llama", "qwen3")])
+def test_weights_of_another_family_are_refused_by_tensor(tmp_path, written, read):
+    """A bias or norm too many or too few: a model without it would run and say something else."""
+    family_model(written, head_dim=16).save_pretrained(tmp_path)
+    edit_json(tmp_path / "config.json", model_type=read)
+    refused(tmp_path, "model.layers.0.self_attn.")
 
 
 @pytest.mark.parametrize("spelling", ["rope_type", "type"])
@@ -173,6 +285,23 @@ def test_frequencies_of_llama3_8b_equal_transformers_to_the_bit(tmp_path, rope):
     assert torch.equal(frequencies, hf.model.rotary_emb.inv_freq)
 
 
+@pytest.mark.parametrize("factor", [4.0, 8.0, 10.0, 3.3])
+@pytest.mark.parametrize("head_dim", [24, 64, 80, 128])
+@pytest.mark.parametrize("kind", ["linear", "yarn", "llama3"])
+def test_frequencies_of_any_shape_equal_transformers_to_the_bit(kind, head_dim, factor):
+    """Qwen's base and window among them (1e6, 32768). Another order of the divisions fails in one of five shapes."""
+    for theta in (10_000.0, 500_000.0, 1_000_000.0):
+        for window in (64, 8192, 32768):
+            rope = {**ROPES[kind], "rope_theta": theta, "factor": factor}
+            if kind != "linear":
+                rope["original_max_position_embeddings"] = window
+            theirs = Qwen3Config(head_dim=head_dim, max_position_embeddings=8 * window, rope_parameters=dict(rope))
+            expected, expected_scale = ROPE_INIT_FUNCTIONS[kind](theirs, "cpu")
+            config = model_file.LlamaConfig(89, 64, 96, 2, 4, 2, head_dim, 8 * window, rope=rope)
+            frequencies, scale = model_file.rope_frequencies(config)
+            assert torch.equal(frequencies, expected) and scale == expected_scale, (theta, window)
+
+
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("rope", ROPES)
 def test_angles_are_exact_at_position_60000_in_bf16(tmp_path, rope, autocast):
@@ -192,16 +321,15 @@ def test_angles_are_exact_at_position_60000_in_bf16(tmp_path, rope, autocast):
 
 # ------------------------------------------------------------------------------------------------------- export
 
-@pytest.mark.parametrize("kind", ["untied", "tied", "biases", "llama3", "mistral", "sharded"])
+@pytest.mark.parametrize("kind", ["untied", "tied", "biases", "llama3", "mistral", "sharded", "qwen2", "qwen3"])
 def test_export_reopens_in_transformers_with_identical_logits(tmp_path, kind):
-    classes = (HFMistralConfig, MistralForCausalLM) if kind == "mistral" else (HFLlamaConfig, LlamaForCausalLM)
-    changes = {"tied": {"tie_word_embeddings": True}, "biases": {"attention_bias": True, "mlp_bias": True},
-               "mistral": {"sliding_window": None}}.get(kind, {})
-    hf = hf_model("llama3" if kind == "llama3" else "default", classes, **changes)
+    changes = {"tied": {"tie_word_embeddings": True}, "biases": {"attention_bias": True, "mlp_bias": True}}.get(kind, {})
+    hf = family_model(kind if kind in FAMILIES else "llama", "llama3" if kind == "llama3" else "default", **changes)
     how = {"max_shard_size": "40KB"} if kind == "sharded" else {}
     save_pretrained(reopen(hf, tmp_path / "in", **how), tmp_path / "out")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert type(again) is classes[1] and again.dtype == torch.float32
+    assert type(again) is type(hf) and again.dtype == torch.float32
+    assert again.config.architectures == [type(hf).__name__]
     tokens, positions = rows(2, 40), gaps(2, 40, 60_000)
     assert torch.equal(hf_logits(again, tokens, positions), hf_logits(hf, tokens, positions))
     assert sorted(os.listdir(tmp_path / "out")) == ["config.json", "model.safetensors"]  # no .tmp left
@@ -284,7 +412,7 @@ def in_double(hf):
     hf = hf.double()
     for module in list(hf.modules()):
         for name, child in module.named_children():
-            if type(child).__name__ == "LlamaRMSNorm":
+            if type(child).__name__ in ("LlamaRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm"):
                 norm = nn.RMSNorm(child.weight.shape[0], eps=child.variance_epsilon, dtype=torch.float64)
                 norm.weight = child.weight
                 setattr(module, name, norm)
@@ -313,6 +441,19 @@ def test_branches_equal_full_rows(tmp_path, monkeypatch, M, dtype, tolerance, ch
     for module, logits in ((hf, lambda *x: hf_logits(hf, *x)), (ours, ours.logits)):
         full_rows = loss_and_gradients(module, row_logps(logits, GROUPS[M]))
         assert_same_loss_and_gradients(branches, full_rows, tolerance)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_branches_of_qwen_equal_full_rows(tmp_path, family, checkpointing):
+    """Also the gradients of the biases, and of the norms on q and k."""
+    hf = family_model(family)
+    hf.save_pretrained(tmp_path)
+    hf, ours = in_double(hf), load_pretrained(tmp_path, torch.float64)
+    ours.set_checkpointing(checkpointing)
+    branches = loss_and_gradients(ours, branch_logps(ours, GROUPS[2]))
+    for module, logits in ((hf, lambda *x: hf_logits(hf, *x)), (ours, ours.logits)):
+        assert_same_loss_and_gradients(branches, loss_and_gradients(module, row_logps(logits, GROUPS[2])), 1e-9)
 
 
 @pytest.mark.parametrize("rope, tied", [("linear", False), ("yarn", True), ("llama3", True)])
@@ -587,7 +728,7 @@ NORM = "model.norm.weight"
 @pytest.mark.parametrize("damage, words", [
     (text("config.json", "{"), ("config.json", "JSON")),
     (text("config.json", "[]"), ("config.json",)),
-    (config(model_type="qwen2"), ("config.json", "'qwen2'", "llama")),
+    (config(model_type="gemma"), ("config.json", "'gemma'", "llama")),
     (config(model_type=None), ("config.json", "None")),
     (config(sliding_window=4096), ("config.json", "sliding_window", "4096")),
     (config(quantization_config={"bits": 4}), ("config.json", "quantization_config")),

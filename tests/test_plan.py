@@ -3,7 +3,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_model import hf_model
+from test_model import family_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.plan import (
@@ -29,8 +29,8 @@ CFG = {"dtype": "bfloat16", "checkpointing": True, "offload_activations": False,
        "n_rejected": 2}
 
 
-def model_of(tmp_path, lora):
-    hf_model(num_hidden_layers=3).save_pretrained(tmp_path)
+def model_of(tmp_path, lora, family="llama"):
+    family_model(family, num_hidden_layers=3).save_pretrained(tmp_path)
     model = load_pretrained(tmp_path)
     if lora:
         model.train_only(4, 16, "q_proj,down_proj", "norm")
@@ -40,9 +40,10 @@ def model_of(tmp_path, lora):
 
 
 @pytest.mark.parametrize("lora", [False, True])
-def test_flops_are_those_that_pytorch_counts(tmp_path, lora):
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_flops_are_those_that_pytorch_counts(tmp_path, family, lora):
     """Of the matrices; attention, which PyTorch counts as a whole square, is held against hand arithmetic below."""
-    model = model_of(tmp_path, lora)
+    model = model_of(tmp_path, lora, family)
     prompt, scored = 28, 12
     tokens = torch.arange(prompt + scored)
     targets = tokens.where(tokens >= prompt, IGNORE)
@@ -92,8 +93,9 @@ def test_memory_of_llama3_8b_by_hand():
 
 
 @pytest.mark.parametrize("lora", [False, True])
-def test_a_blocks_activations_are_what_autograd_keeps(tmp_path, lora):
-    model = model_of(tmp_path, lora)
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_a_blocks_activations_are_what_autograd_keeps(tmp_path, family, lora):
+    model = model_of(tmp_path, lora, family)
     block, T, C = model.model.layers[1], 64, model.config.hidden_size
     x = torch.randn(T, C, requires_grad=True)
     cos = sin = torch.ones(T, 1, model.config.head_dim)
@@ -108,7 +110,7 @@ def test_a_blocks_activations_are_what_autograd_keeps(tmp_path, lora):
         out = block(x, cos, sin, SegmentAttention([Segment(0, T)], "cpu"))
     measured = sum(size for pointer, size in kept.items() if pointer not in weights)
     predicted = block_activations(model, T, 4)[0]
-    assert out.shape == x.shape and measured == pytest.approx(predicted, rel=0.15), (measured, predicted)
+    assert out.shape == x.shape and measured == pytest.approx(predicted, rel=0.15 if lora else 0.01), (measured, predicted)
 
 
 def test_the_datasheet_knows_a_device_by_a_part_of_its_name(monkeypatch):
