@@ -569,6 +569,20 @@ def test_prompt_tokens_are_not_scored(tmp_path):
     assert sum(seen) == lengths.sum() == (targets != IGNORE).sum()
 
 
+def test_log_probs_are_fp32_whatever_the_weights(tmp_path):
+    """Of bf16 logits, as a bf16 model makes them, but in fp32 from there on: bf16 sums would be off by percents."""
+    hf_model().save_pretrained(tmp_path)
+    ours = load_pretrained(tmp_path, torch.bfloat16)
+    x = torch.randn(7, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    targets = torch.arange(7)
+    logits = (x @ ours.lm_head.weight.T).double()
+    by_hand = logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(1)
+    found = ours.token_logps(x, targets)
+    assert found.dtype == torch.float32 and (found - by_hand).abs().max() < 1e-5
+    tokens, positions, targets, segments = pack(GROUPS[2])
+    assert ours(tokens, positions, targets, segments)[0].dtype == torch.float32
+
+
 def varlen_double(q, k, v, cu_q, cu_k, max_q, max_k):
     """What flash-attn >= 2.1 documents, in fp32 on the CPU; both flash functions run the same kernel.
 

@@ -89,6 +89,11 @@ def test_losses_do_not_depend_on_processes_accumulation_or_memory(run, mode, arg
     assert norms[0] == pytest.approx(norms[1], rel=1e-3)  # AdamW after clipping would hide a wrong scale
 
 
+def test_the_learning_rate_by_hand(run):
+    """One step of warm-up (a tenth of four, rounded up), then a cosine from the peak: 1, 3/4, 1/4, and 0 after the last."""
+    assert [row["lr"] / 1.5e-3 for row in metrics(run())] == pytest.approx([1, 1, 0.75, 0.25])
+
+
 def test_training_lowers_the_loss_and_the_result_says_so(run):
     result = json.loads((run() / "result.json").read_text())
     assert result["after"]["held_out"]["loss"] < result["before"]["held_out"]["loss"]
