@@ -245,7 +245,8 @@ BUGS = [
         'rf"step_([0-9]{{6,}}){ending}"', 'rf"step_([0-9]{{6,}}).*{ending}"', f"{CHECKPOINT} -k prune"),
     Bug("the best checkpoint is removed", "checkpoint.py", "        if folder != best:\n", "        if True:\n", f"{CHECKPOINT} -k kept"),
     Bug("the moments come back as zeros", "checkpoint.py",
-        '            read_rows(moment, f"{name}.{key}", paths)\n', "", f"{TRAIN} -k 'another_number_of_processes'"),
+        "        for key, tensor in stored_tensors(name, p, moments).items():\n",
+        "        for key, tensor in [(name, p)]:\n", f"{TRAIN} -k 'another_number_of_processes'"),
     Bug("transformers cuts at the old window", "checkpoint.py",
         '        settings["model_max_length"] = model.config.max_position_embeddings\n', "", f"{CHECKPOINT} -k cut"),
 
@@ -273,7 +274,7 @@ BUGS = [
         "        refuse_other_settings(path, built, settings)\n", "        pass\n", f"{PAIRS} -k 'cut_at_any_byte or settings'"),
     Bug("the evidence's names go with other candidates", "pairs/build.py",
         "        evidence = [new.selection.evidence[j] for j in kept]\n", "        evidence = new.selection.evidence[:len(kept)]\n",
-        f"{PAIRS} {CORPUS}"),
+        f"{PAIRS} -k 'more_rejected or evidence'"),
     Bug("a rejected answer may be right", "pairs/answers.py",
         '    if cfg["require_wrong_rejected"] and gives', "    if False and gives", f"{ANSWERS} {PAIRS} -k 'degenerate or cut_at'"),
     Bug("a rejected answer may equal another", "pairs/answers.py", "    if normalize(text) in seen:\n", "    if False:\n",

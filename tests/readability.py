@@ -1,7 +1,7 @@
 """What a reader meets, in numbers: the table of a tree, and of others beside it.
 
     python tests/readability.py                    this tree
-    python tests/readability.py TREE [TREE ...]    others, as a worktree of an earlier commit; with files=1 each file as well
+    python tests/readability.py TREE [TREE ...]    others, as a worktree of an earlier commit; with files=1 each file too
 
 Counted are the Python files that are no tests. A node is one of Python's syntax tree; "loaded" are the lines of this
 repository that the imports at the top of train_logo.py bring in, itself included; "touched" is what runs between the
@@ -155,6 +155,7 @@ def table(tree):
         ("longest function", f"{length} ({longest})"),
         ("lines over 100 columns", total.over_100),
         ("lines loaded before a step", f"{sum(loaded.values())} ({sum(loaded.values()) / total.lines:.0%})"),
+        ("nodes loaded before a step", sum(count(tree / name, name).nodes for name in loaded)),
         ("functions that a step touches", functions),
         ("lines that a step touches", lines),
         ("settings of a run", settings),
