@@ -64,6 +64,7 @@ def choose_device(threads: int) -> torch.device:
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
+    # PyTorch would take all cores in each process, and threads that wait for a busy core crawl.
     share = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     torch.set_num_threads(threads or max(1, share))
     return device
@@ -112,7 +113,7 @@ def on_error(kind, error, trace) -> None:
         if int(os.environ.get("RANK", "0")) == 0:
             print("interrupted: the same command goes on from what is written "
                   "(with resume=auto, where there is a step_ folder)", file=sys.stderr)
-        leave(130)
+        leave(130)  # 128 + SIGINT, as shells have it: no success
     if "TORCHELASTIC_RUN_ID" in os.environ:
         error = tell_torchrun(kind, error)
     exit_on_bad_input(kind, error, trace)
@@ -146,6 +147,7 @@ def lock(folder: str) -> IO:
     """
     try:
         os.makedirs(folder, exist_ok=True)
+        # A lock and not the file's presence: a killed process leaves the file, never the lock.
         held = open(os.path.join(folder, ".lock"), "w")
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as e:
@@ -218,6 +220,7 @@ class StopSignals:
 
     def agreed(self, device: torch.device) -> bool:
         """Whether any process has had one: all of them stop after the same step."""
+        # One process alone at the end of its run would leave the others in a collective for ever.
         count = torch.tensor(len(self.received), device=device)
         dist.all_reduce(count)
         return bool(count)
@@ -246,6 +249,7 @@ class FaultWatch:
 
 def append_metrics(folder: str, metrics: dict) -> None:
     """Append a step's line; one that cannot be written whole is taken back, with a warning."""
+    # Half a line, of a full disk, would spoil the file for everything that reads it later.
     path = os.path.join(folder, "metrics.jsonl")
     size = os.path.getsize(path) if os.path.exists(path) else 0
     try:
@@ -263,7 +267,8 @@ def keep_metrics(folder: str, steps: int) -> None:
     if steps and os.path.exists(path):
         with open(path, encoding="utf-8") as f:
             for line in f:
-                whole = line.endswith("\n")  # a kill may have cut the last one short
+                # A kill may have cut the last one short.
+                whole = line.endswith("\n")
                 if whole and json.loads(line)["step"] <= steps:
                     kept.append(line)
     with open(path + ".tmp", "w", encoding="utf-8") as f:
@@ -389,7 +394,7 @@ def save(folder: str, model: Llama, optimizer: torch.optim.AdamW, state: dict,
     path = os.path.join(folder, f"step_{step:06d}")
     error = f"{path}: not written, since no step has changed a weight"
     if optimizer.state:
-        # AdamW counts the updates. A step that was left out, as not finite, was none.
+        # AdamW counts updates, for its bias correction. A step that was left out was none.
         updates = int(next(iter(optimizer.state.values()))["step"])
         state = {**state, "updates": updates, "processes": dist.get_world_size(),
                  "torch": torch.__version__}
@@ -424,6 +429,7 @@ def evaluate_checkpoint(folder: str, step: int, commands: list[str]) -> None:
 
 def run_script(*words: str) -> bool:
     """Whether python WORDS has ended well; if not, there is a warning."""
+    # It is no rank of ours: a script that found RANK would be silent, or wait for the others.
     alone = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
     environment = {**alone, "PYTHONPATH": HERE}
     ended = subprocess.run([sys.executable, *words], env=environment)
