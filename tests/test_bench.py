@@ -164,3 +164,15 @@ def test_ours_need_not_be_named_first(folder):
     """The ratios to ours are there whatever the order of ways=."""
     rows = step.run({**settings(folder), "prompt": [20], "answer": [4], "M": [1], "ways": "naive,ours", "repeats": 1})
     assert rows[0]["way"] == "naive" and rows[0]["total_ratio"] > 0 and rows[1]["total_ratio"] == 1
+
+
+def test_the_picture_of_the_method_shows_a_pair_as_it_is_made(tmp_path):
+    figure = pytest.importorskip("bench.figure", reason="needs matplotlib")
+    story = figure.find_story()
+    assert story.answers[0] not in story.answers[1:] and len(story.answers) == 3
+    assert set(story.selection.chosen) == story.critical <= set(story.selection.training)
+    for picked in story.selection.rejected:
+        assert not story.critical <= set(picked)
+    figure.pyplot.switch_backend("Agg")
+    figure.draw(story, str(tmp_path / "method.png"))
+    assert (tmp_path / "method.png").stat().st_size > 10_000

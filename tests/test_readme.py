@@ -135,16 +135,14 @@ def run(*words, **more):
     return subprocess.run([sys.executable, *words], capture_output=True, text=True, env=env, **more)
 
 
-QUICK = [words for words in COMMANDS if "sample.py" in words and "Who is Rosa?" in words]
-
-
-@pytest.mark.parametrize("words", QUICK, ids=" ".join)
-def test_the_quick_ones_run(words, tmp_path):
-    """On the base model: the aligned one takes a run."""
-    tail = "tail=\nQuestion: {question}\nAnswer:"
-    words = [tail if word.startswith("tail=") else word for word in words[1:]]
-    done = run(*[word.replace("out/tiny/hf", "models/tiny") for word in words], cwd=ROOT)
-    assert done.returncode == 0 and done.stdout.strip(), done.stderr
+def test_the_question_of_the_first_ten_minutes_is_answered(tmp_path):
+    """On the base model, whose window it fits: the aligned one takes a run."""
+    text, name = re.search(r'    echo "(.*)" > (\w+\.txt)', README).groups()
+    (tmp_path / name).write_text(text + "\n")
+    words = next(words for words in COMMANDS if "sample.py" in words and "Who is Rosa?" in words)
+    words = [str(ROOT / words[1]), str(ROOT / "models" / "tiny"), *words[3:5], "tail=\nQuestion: {question}\nAnswer:"]
+    done = run(*words, cwd=tmp_path)
+    assert done.returncode == 0 and "Rosa paints in Naples." in done.stdout, done.stderr
 
 
 def test_the_plans_table_is_what_the_command_prints(tmp_path):
@@ -200,7 +198,7 @@ def test_the_map_from_equations_points_at_what_it_names():
 def test_every_named_file_and_test_exists():
     text = README + RESULTS
     for path in set(re.findall(r"(?<![\w/])(?:[\w-]+/)*[\w-]+\.(?:py|txt|png|md|toml)\b", text)):
-        known = path in ("configs/mine.py",) or any((ROOT / folder / path).exists() for folder in (".", "configs", "tests"))
+        known = path in ("configs/mine.py", "rosa.txt") or any((ROOT / folder / path).exists() for folder in (".", "configs", "tests"))
         assert known, path
     tests = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("*.py"))
     for name in set(re.findall(r"`(test_\w+)`", text)):
