@@ -1,1 +1,1 @@
-"""python -m experiments: named lists of runs in the tiny world, and the tables of EXPERIMENTS.md."""
+"""python -m experiments: lists of runs in the tiny world, the tables of EXPERIMENTS.md."""

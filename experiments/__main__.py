@@ -1,10 +1,10 @@
 """Runs in the tiny world, and the tables that follow from them.
 
-    python -m experiments NAME [jobs=2]      the runs of a list of experiments/lists.py that have no line yet
+    python -m experiments NAME [jobs=2]      the runs of a list that have no line yet
     python -m experiments report             write the tables of EXPERIMENTS.md from the lines
 
-A run is a process of its own and ends as one line of experiments/results/NAME.jsonl. A run that was killed or failed
-has no line, so that the same command does it again.
+Lists are in lists.py. A run is a process of its own and ends as one line of results/NAME.jsonl.
+A run that was killed or failed has no line, so that the same command does it again.
 """
 import json
 import os
@@ -42,20 +42,23 @@ def run_list(name: str, jobs: int, folder: str = RESULTS) -> int:
     os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, name + ".jsonl")
 
-    def one(wanted: dict) -> bool:
-        done = subprocess.run([sys.executable, "-m", "experiments", "one", json.dumps(wanted)],
-                              cwd=ROOT, capture_output=True, text=True)
-        print(name, wanted, "done" if not done.returncode else done.stderr[-2000:], flush=True)
-        if done.returncode:
-            return True
-        # One write of a whole line to a file opened for appending: lines of several jobs do not mix.
-        with open(path, "a") as f:
-            f.write(done.stdout.splitlines()[-1] + "\n")
-        return False
+    def failed(wanted: dict) -> bool:
+        words = [sys.executable, "-m", "experiments", "one", path, json.dumps(wanted)]
+        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+        print(wanted["cell"], wanted["seed"], done.stderr[-2000:] or "done", flush=True)
+        return done.returncode != 0
 
     with ThreadPool(jobs) as pool:
-        failed = pool.map(one, missing(name, folder), chunksize=1)
-    return sum(failed)
+        return sum(pool.map(failed, missing(name, folder), chunksize=1))
+
+
+def one(path: str, wanted: dict) -> int:
+    """A run, and its line at the end of a file. In a process of its own."""
+    line = {**wanted, **run(wanted["difference"], wanted["seed"])}
+    # One write of a whole line: those of several jobs do not mix.
+    with open(path, "a") as f:
+        f.write(json.dumps(line) + "\n")
+    return 0
 
 
 def main(argv: list[str]) -> int:
@@ -64,11 +67,10 @@ def main(argv: list[str]) -> int:
         report(RESULTS, os.path.join(ROOT, "EXPERIMENTS.md"))
         return 0
     if argv[:1] == ["one"]:
-        wanted = json.loads(argv[1])
-        print(json.dumps({**wanted, **run(wanted["difference"], wanted["seed"])}))
-        return 0
+        return one(argv[1], json.loads(argv[2]))
     if not argv or argv[0] not in LISTS:
-        raise BadInput(f"expected report or one of {', '.join(LISTS)}, found {' '.join(argv[:1]) or 'nothing'}")
+        found = argv[0] if argv else "nothing"
+        raise BadInput(f"expected report or one of {', '.join(LISTS)}, found {found}")
     options = with_arguments({"jobs": 1}, argv[1:])
     return int(run_list(argv[0], options["jobs"]) > 0)
 

@@ -1,6 +1,6 @@
 """What all runs of experiments/ share; a run's line names its differences from these settings.
 
-A copy of its own, apart from configs/tiny.py: lines that were measured keep their meaning when the default changes.
+Apart from configs/tiny.py: lines that were measured keep their meaning when the default changes.
 """
 config = dict(
     model="models/tiny",
@@ -19,7 +19,7 @@ config = dict(
     beta=1.0, gamma=1.0, sft_weight=1.0,
     steps=400, batch_size=16, micro_batch=16, lr=5e-3,
     checkpointing=False,
-    threads=1,                        # the same order of additions wherever the processor's vectors are as wide
+    threads=1,                        # the same sums where the vectors are as wide
     log_interval=100, save_interval=0, eval_interval=0,
     fresh_sizes=[104, 232, 488, 1000],  # 1, 2, 4, 8 windows, less room for question and answer
     fresh_questions=400,

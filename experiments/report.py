@@ -19,7 +19,7 @@ TABLE = re.compile(r"<!-- table (\S+): ([\w ]+) -->\n.*?<!-- end -->", re.DOTALL
 
 
 def mean_and_half(values: list[float]) -> tuple[float, float | None]:
-    """The mean, and half the width of its 95 % t interval over independent seeds; None with one seed."""
+    """The mean, and half the width of its 95 % t interval over seeds; None with one seed."""
     mean = statistics.fmean(values)
     n = len(values)
     if n == 1:
@@ -46,7 +46,7 @@ def by_cell(lines: list[dict]) -> dict[str, list[dict]]:
 
 
 def table(lines: list[dict], names: list[str]) -> str:
-    """A Markdown table, a row a cell: seeds, then "mean ±half" of the named columns, and where asked the worst seed.
+    """A Markdown table, a row a cell: how many seeds, then "mean ±half" of the named columns.
 
     A column named worst_X is the smallest X of all seeds. A cell that lacks a column has a dash.
     """

@@ -26,7 +26,7 @@ from pairs.corpus import read_examples
 from tokenizer import Tokenizer, load_tokenizer
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-WORK = os.path.join(ROOT, "out", "experiments")  # pairs, models and logs; none of it is kept in the repository
+WORK = os.path.join(ROOT, "out", "experiments")  # pairs, models and logs: not in the repository
 BASE = os.path.join(ROOT, "experiments", "base.py")
 TIMES = (1, 2, 4, 8)              # windows of a context, by the order of fresh_sizes
 PERPLEXITY_LENGTHS = (64, 1024)
@@ -34,9 +34,10 @@ PERPLEXITY_TOKENS = 2049          # of each of the world's texts
 
 
 def run(difference: dict, seed: int) -> dict:
-    """Train at a difference from experiments/base.py and measure. {column: value}; RuntimeError if a step failed.
+    """Train at a difference from base.py and measure: {column: value}. RuntimeError if it failed.
 
-    Two keys are the runner's own: steps=0 measures without training, and "rope_scaling" goes into config.json.
+    Two keys are the runner's own: steps=0 measures without training, and "rope_scaling" goes into
+    the model's config.json.
     """
     cfg = settings(difference, seed)
     name = digest({"difference": difference, "seed": seed})
@@ -52,12 +53,15 @@ def run(difference: dict, seed: int) -> dict:
     start = time.time()
     line.update(measure(model_folder, cfg))
     line["seconds"]["measure"] = round(time.time() - start, 1)
-    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    # Wall clocks of runs that share cores say little; this is what the processes themselves used.
-    line["cpu_seconds"] = round(sum(u.ru_utime + u.ru_stime for u in used), 1)
-    line["machine"] = {"processor": processor(), "vectors": torch.backends.cpu.get_cpu_capability(),
-                       "threads": cfg["threads"], "torch": torch.__version__}
-    line["commit"] = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=ROOT, text=True).strip()
+    line["cpu_seconds"] = cpu_seconds()
+    line["machine"] = {
+        "processor": processor(),
+        "vectors": torch.backends.cpu.get_cpu_capability(),
+        "threads": cfg["threads"],
+        "torch": torch.__version__,
+    }
+    head = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=ROOT, text=True)
+    line["commit"] = head.strip()
     # The exported weights are large and made again by the same run; its log and result.json stay.
     shutil.rmtree(os.path.join(folder, "hf"), ignore_errors=True)
     return line
@@ -65,8 +69,10 @@ def run(difference: dict, seed: int) -> dict:
 
 def settings(difference: dict, seed: int) -> dict:
     """The whole config of a run."""
-    keys = {key: value for key, value in difference.items() if key != "rope_scaling"}
-    words = [f"{key}={value}" for key, value in {**keys, "seed": seed}.items()]
+    words = [f"seed={seed}"]
+    for key, value in difference.items():
+        if key != "rope_scaling":
+            words.append(f"{key}={value}")
     cfg = load_config([BASE, *words])
     cfg["model"] = os.path.join(ROOT, cfg["model"])
     cfg["examples"] = os.path.join(ROOT, cfg["examples"])
@@ -111,10 +117,11 @@ class locked:
 
 def command(words: list[str], cfg: dict, log: str) -> None:
     """A command of the repository with every setting spelled out, its output in a log."""
-    keys = [key for group in default_groups().values() for key in group]
-    given = [f"{key}={cfg[key]}" for key in keys]
+    line = [sys.executable, *words, BASE]
+    for group in default_groups().values():
+        line += [f"{key}={cfg[key]}" for key in group]
     with open(log, "a") as f:
-        done = subprocess.run([sys.executable, *words, BASE, *given], cwd=ROOT, stdout=f, stderr=f)
+        done = subprocess.run(line, cwd=ROOT, stdout=f, stderr=f)
     if done.returncode:
         raise RuntimeError(f"{words[-1]} failed: see {log}")
 
@@ -136,15 +143,28 @@ def train(cfg: dict, folder: str, seconds: dict) -> dict:
     """Run train_logo.py, and read what it says of held-out pairs, time and memory."""
     os.makedirs(folder, exist_ok=True)
     start = time.time()
-    command(["train_logo.py"], {**cfg, "out": folder, "fresh_questions": 0}, os.path.join(folder, "log"))
+    log = os.path.join(folder, "log")
+    command(["train_logo.py"], {**cfg, "out": folder, "fresh_questions": 0}, log)
     seconds["train"] = round(time.time() - start, 1)
     result = read_json(os.path.join(folder, "result.json"))
-    before, after = result["before"]["held_out"], result["after"]["held_out"]
-    return {"margin": round(after["rewards/margins"], 4),
-            "accuracy": round(after["rewards/accuracies"], 4),
-            "chosen_before": round(before["logps/chosen"], 4),
-            "chosen_after": round(after["logps/chosen"], 4),
-            "peak_memory": result["peak_memory"]}
+    before = result["before"]["held_out"]
+    after = result["after"]["held_out"]
+    return {
+        "margin": round(after["rewards/margins"], 4),
+        "accuracy": round(after["rewards/accuracies"], 4),
+        "chosen_before": round(before["logps/chosen"], 4),
+        "chosen_after": round(after["logps/chosen"], 4),
+        "peak_memory": result["peak_memory"],
+    }
+
+
+def cpu_seconds() -> float:
+    """What this process and its children used. Wall clocks of runs that share cores say little."""
+    total = 0.0
+    for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN):
+        used = resource.getrusage(who)
+        total += used.ru_utime + used.ru_stime
+    return round(total, 1)
 
 
 def processor() -> str:
@@ -157,7 +177,7 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
-# ----------------------------------------------------------------------------------------------- what is measured
+# ----------------------------------------------------------------------------- what is measured
 
 def measure(folder: str, cfg: dict) -> dict:
     """Columns right_1x .. and invented_1x .. (shares), ppl_64 and ppl_1024, of a model folder."""
@@ -173,32 +193,38 @@ def measure(folder: str, cfg: dict) -> dict:
             invented += invents(answer, example["context"])
         found[f"right_{times}x"] = right / cfg["fresh_questions"]
         found[f"invented_{times}x"] = invented / cfg["fresh_questions"]
-    documents = [tokenizer.encode(text)[:PERPLEXITY_TOKENS] for text in texts(cfg["examples"])]
     for length in PERPLEXITY_LENGTHS:
-        losses = [token_losses(model, ids, length, length // 2) for ids in documents]
+        losses = []
+        for text in texts(cfg["examples"]):
+            ids = tokenizer.encode(text)[:PERPLEXITY_TOKENS]
+            losses.append(token_losses(model, ids, length, length // 2))
         found[f"ppl_{length}"] = round(math.exp(torch.cat(losses).mean()), 4)
     return found
 
 
-def answered(model: Llama, tokenizer: Tokenizer, cfg: dict, size: int) -> Iterator[tuple[dict, str]]:
-    """(example, greedy answer) of fresh questions over contexts of a size, at ordinary positions."""
+def answered(model: Llama, tokenizer: Tokenizer, cfg: dict,
+             size: int) -> Iterator[tuple[dict, str]]:
+    """(example, greedy answer) of fresh questions over `size` tokens, at ordinary positions."""
     examples = read_examples(cfg, "fresh", size)
     prompts = []
     for example in examples:
         prefix, suffix, stops = prompt_around(cfg, tokenizer, example["question"])
-        prompts.append(sum(chunk(example["context"], tokenizer, cfg["chunk_size"]), prefix) + suffix)
+        chunks = chunk(example["context"], tokenizer, cfg["chunk_size"])
+        prompts.append(sum(chunks, prefix) + suffix)
     for i in range(0, len(prompts), cfg["fresh_batch"]):
         some = prompts[i:i + cfg["fresh_batch"]]
         answers = generate(model, some, cfg["max_new_tokens"], stop_ids=stops)
         for example, ids in zip(examples[i:], answers):
-            yield example, tokenizer.decode([token for token in ids if token not in stops])
+            # An answer that never stopped keeps its last token.
+            said = ids[:-1] if ids[-1] in stops else ids
+            yield example, tokenizer.decode(said)
 
 
 def invents(answer: str, context: str) -> bool:
     """Whether an answer says something of somebody that its document does not say.
 
-    The world tells every fact in one sentence, and answers repeat such sentences: one that is not in the document
-    gives a person a job or a city that the document does not give.
+    The world tells a fact in one sentence, and answers repeat such sentences: one that is not in
+    the document gives a person a job or a city that the document does not give.
     """
     told = set(sentences(context))
     return any(sentence not in told for sentence in sentences(answer))

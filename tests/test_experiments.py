@@ -1,0 +1,170 @@
+"""experiments/: lines follow from runs, tables follow from lines, and what is done is not done again."""
+import json
+import os
+import re
+import shutil
+import statistics
+
+import numpy as np
+import pytest
+
+import experiments.__main__ as command
+from configs import BadInput, load_config
+from experiments import report
+from experiments.lists import LISTS
+from experiments.run import ROOT, invents, settings
+
+DOCUMENT = os.path.join(ROOT, "EXPERIMENTS.md")
+
+
+def fake_run(monkeypatch, fails=()):
+    """Runs that answer at once. Returns the cells that were run, as they were run."""
+    started = []
+
+    class Done:
+        stderr = ""
+
+    def one(words, **options):
+        wanted = json.loads(words[-1])
+        started.append((wanted["cell"], wanted["seed"]))
+        done = Done()
+        done.returncode = int((wanted["cell"], wanted["seed"]) in fails)
+        if not done.returncode:
+            command.one(words[-2], wanted)
+        return done
+
+    monkeypatch.setattr(command.subprocess, "run", one)
+    monkeypatch.setattr(command, "run", lambda difference, seed: {"right_8x": seed / 10})
+    monkeypatch.setitem(LISTS, "two", ({"a": {"lr": 0.1}, "b": {"lr": 0.2}}, [1, 2]))
+    return started
+
+
+def lines_of(folder):
+    with open(folder / "two.jsonl") as f:
+        return [json.loads(row) for row in f]
+
+
+def test_a_run_that_has_a_line_is_not_run_again(tmp_path, monkeypatch):
+    started = fake_run(monkeypatch)
+    assert command.run_list("two", 2, str(tmp_path)) == 0
+    assert sorted(started) == [("a", 1), ("a", 2), ("b", 1), ("b", 2)]
+    before = lines_of(tmp_path)
+    started.clear()
+    assert command.run_list("two", 2, str(tmp_path)) == 0
+    assert started == [] and lines_of(tmp_path) == before
+
+
+def test_a_failed_run_has_no_line_and_is_run_again(tmp_path, monkeypatch):
+    started = fake_run(monkeypatch, fails=[("b", 1)])
+    assert command.run_list("two", 1, str(tmp_path)) == 1
+    assert len(lines_of(tmp_path)) == 3
+    started.clear()
+    fake = fake_run(monkeypatch)
+    assert command.run_list("two", 1, str(tmp_path)) == 0
+    assert fake == [("b", 1)]
+    assert len(lines_of(tmp_path)) == 4
+
+
+def test_a_changed_difference_is_another_run(tmp_path, monkeypatch):
+    started = fake_run(monkeypatch)
+    command.run_list("two", 1, str(tmp_path))
+    started.clear()
+    monkeypatch.setitem(LISTS, "two", ({"a": {"lr": 0.3}}, [1]))
+    command.run_list("two", 1, str(tmp_path))
+    assert started == [("a", 1)]
+
+
+def test_an_unknown_list_is_refused():
+    with pytest.raises(BadInput, match="references"):
+        command.main(["nothing"])
+
+
+@pytest.mark.parametrize("name", sorted(LISTS))
+def test_every_cell_is_a_valid_config(name, monkeypatch):
+    monkeypatch.setattr("experiments.run.with_rope", lambda folder, changes: folder)
+    cells, seeds = LISTS[name]
+    differences = [json.dumps(difference, sort_keys=True) for difference in cells.values()]
+    assert len(set(differences)) == len(differences), "two cells are the same run"
+    assert len(set(seeds)) == len(seeds)
+    for difference in cells.values():
+        cfg = settings(difference, 3)
+        assert cfg["seed"] == 3
+        for key, value in difference.items():
+            assert key == "rope_scaling" or cfg[key] == value
+
+
+# ------------------------------------------------------------------------------------------------------ report
+
+@pytest.mark.parametrize("n", range(2, 11))
+def test_the_interval_holds_the_true_mean_19_times_in_20(n):
+    rng = np.random.default_rng(n)
+    inside = 0
+    for values in rng.normal(0.9, 0.05, size=(8000, n)):
+        mean, half = report.mean_and_half(values.tolist())
+        inside += abs(mean - 0.9) <= half
+    # The share has a standard deviation of .0024.
+    assert inside / 8000 == pytest.approx(0.95, abs=0.009)
+
+
+def test_one_seed_has_no_interval():
+    assert report.mean_and_half([0.5]) == (0.5, None)
+
+
+def test_a_table_by_hand():
+    lines = [{"cell": "x", "right_8x": 0.5, "ppl_64": 5.0}, {"cell": "y", "right_8x": 0.25},
+             {"cell": "x", "right_8x": 0.7, "ppl_64": 7.0}]
+    # x: mean .6, deviation .1414, half 12.706 * .1414 / sqrt 2 = 1.271
+    assert report.table(lines, ["right_8x", "worst_right_8x", "ppl_64"]).splitlines() == [
+        "| | seeds | right 8x | worst right 8x | ppl 64 |",
+        "|---|---|---|---|---|",
+        "| x | 2 | .600 ±1.271 | .500 | 6.00 ±12.71 |",
+        "| y | 1 | .250 | .250 | – |"]
+
+
+def published(folder, tmp_path):
+    """EXPERIMENTS.md as the lines of a folder make it."""
+    path = tmp_path / "EXPERIMENTS.md"
+    shutil.copy(DOCUMENT, path)
+    report.report(str(folder), str(path))
+    return path.read_text()
+
+
+def test_the_published_tables_follow_from_the_lines(tmp_path):
+    with open(DOCUMENT, encoding="utf-8") as f:
+        text = f.read()
+    assert re.search(report.TABLE, text)
+    assert published(command.RESULTS, tmp_path) == text
+
+
+def test_a_wrong_aggregation_would_show(tmp_path, monkeypatch):
+    with open(DOCUMENT, encoding="utf-8") as f:
+        text = f.read()
+    right = report.mean_and_half
+    monkeypatch.setattr(report, "mean_and_half", lambda values: (statistics.median(values), right(values)[1]))
+    assert published(command.RESULTS, tmp_path) != text
+
+
+def test_every_line_says_how_it_was_made():
+    for name in os.listdir(command.RESULTS):
+        with open(os.path.join(command.RESULTS, name)) as f:
+            for row in f:
+                line = json.loads(row)
+                assert {"cell", "difference", "seed", "commit", "machine", "seconds", "cpu_seconds"} <= line.keys()
+                assert 0 <= line["right_8x"] <= 1 and line["ppl_64"] > 1
+
+
+# ----------------------------------------------------------------------------------------------------- measures
+
+def test_what_counts_as_invented():
+    context = " Rosa paints in Naples. Ida sings in Turin. The road to Oslo is old."
+    assert not invents("Rosa paints in Naples.", context)
+    assert not invents("Ida sings in Turin. Rosa paints in Naples.", context)
+    assert not invents("", context)
+    assert invents("Rosa paints in Turin.", context)
+    assert invents("Rosa sings in Naples.", context)
+    assert invents("Rosa paints in Naples. Ida sings in Oslo.", context)
+
+
+def test_base_is_a_config():
+    cfg = load_config([os.path.join(ROOT, "experiments", "base.py")])
+    assert cfg["model"] == "models/tiny"
