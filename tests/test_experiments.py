@@ -95,15 +95,15 @@ def test_every_cell_is_a_valid_config(name, monkeypatch):
 
 # ------------------------------------------------------------------------------------------------------ report
 
-@pytest.mark.parametrize("n", range(2, 11))
+@pytest.mark.parametrize("n", [2, 3, 5, 10])
 def test_the_interval_holds_the_true_mean_19_times_in_20(n):
     rng = np.random.default_rng(n)
     inside = 0
-    for values in rng.normal(0.9, 0.05, size=(8000, n)):
+    for values in rng.normal(0.9, 0.05, size=(4000, n)):
         mean, half = report.mean_and_half(values.tolist())
         inside += abs(mean - 0.9) <= half
-    # The share has a standard deviation of .0024.
-    assert inside / 8000 == pytest.approx(0.95, abs=0.009)
+    # The share has a standard deviation of .0034.
+    assert inside / 4000 == pytest.approx(0.95, abs=0.012)
 
 
 def test_one_seed_has_no_interval():
