@@ -26,7 +26,9 @@ def missing(name: str, folder: str) -> list[dict]:
     path = os.path.join(folder, name + ".jsonl")
     done = []
     if os.path.exists(path):
-        done = [(row["difference"], row["seed"]) for _, row in read_lines(path)]
+        # By what was run, not by the cell's name: a renamed cell is not run again, a changed one is.
+        for _, row in read_lines(path):
+            done.append((row["difference"], row["seed"]))
     cells, seeds = LISTS[name]
     wanted = []
     # Seed by seed: a list that is cut short has few seeds of all its cells.

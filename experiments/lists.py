@@ -25,18 +25,32 @@ REFERENCES = {
 # try on with half the questions: enough to tell .85 from .92.
 MORE_PAIRS = {"n_examples": 4800}
 QUICK = {"n_examples": 4800, "fresh_questions": 200}
-# A document of 224 tokens has a person in 14 tokens, one of 512 in 32: more look-alikes in a prompt.
-DENSE = {"n_examples": 2400, "context_size": 224, "fresh_questions": 200}
 SCREEN = {
     "4800 examples, lr 5e-3": {**MORE_PAIRS},
     "YaRN, lr 5e-3": {**QUICK, **YARN},
-    "YaRN, dense documents, lr 3e-3": {**DENSE, **YARN, "lr": 3e-3},
-    "theta, dense documents, lr 5e-3": {**DENSE},
-    "YaRN, dense documents, lr 1e-3": {**DENSE, **YARN, "lr": 1e-3},
-    "theta, dense documents, lr 1e-2": {**DENSE, "lr": 1e-2},
+}
+
+# What the search came to, and SFT on the same answers, at the same positions, for as many steps.
+RECIPE = {**YARN, "n_examples": 4800}
+SFT = {"beta": 0.0}
+RECIPES = {
+    "LOGO": RECIPE,
+    "SFT on the answer": {**RECIPE, **SFT},
+}
+# Objectives by positions. LOGO M=2 and SFT at continuous positions are the recipe's own lines.
+GRID = {
+    "LOGO M=2, no position synthesis": {**RECIPE, "positions": "none"},
+    "SFT, no position synthesis": {**RECIPE, **SFT, "positions": "none"},
+    "LOGO M=2, mix": {**RECIPE, "positions": "mix"},
+    "SFT, mix": {**RECIPE, **SFT, "positions": "mix"},
+    "LOGO M=2, lambda 0": {**RECIPE, "sft_weight": 0.0},
+    "LOGO M=1 (SimPO)": {**RECIPE, "n_rejected": 1},
+    "LOGO M=4": {**RECIPE, "n_rejected": 4},
 }
 
 LISTS = {
     "references": (REFERENCES, [1, 2, 3, 4, 5]),
     "screen": (SCREEN, [0]),
+    "recipe": (RECIPES, [1, 2, 3, 4, 5]),
+    "grid": (GRID, [1, 2, 3, 4, 5]),
 }

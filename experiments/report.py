@@ -13,7 +13,8 @@ import statistics
 from configs import BadInput
 from data import read_lines
 
-# 97.5 % quantiles of Student's t with 1, 2, ... degrees of freedom.
+# 97.5 % quantiles of Student's t with 1, 2, ... degrees of freedom: the spread of five seeds says
+# little of how far their mean may be off, and the normal's 1.96 would claim too much.
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 TABLE = re.compile(r"<!-- table (\S+): ([\w ]+) -->\n.*?<!-- end -->", re.DOTALL)
 
@@ -29,7 +30,10 @@ def mean_and_half(values: list[float]) -> tuple[float, float | None]:
 
 def columns(line: dict) -> dict:
     """A line's numbers by column, with those that are made from others."""
-    found = {key: value for key, value in line.items() if isinstance(value, (int, float))}
+    found = {}
+    for key, value in line.items():
+        if isinstance(value, (int, float)):
+            found[key] = value
     if "chosen_before" in found:
         found["chosen_drop"] = found["chosen_before"] - found["chosen_after"]
     if "peak_memory" in found:
@@ -38,10 +42,10 @@ def columns(line: dict) -> dict:
 
 
 def by_cell(lines: list[dict]) -> dict[str, list[dict]]:
-    """The lines of each cell, in the order in which cells came first."""
+    """The columns of each cell's runs, in the order in which cells came first."""
     cells = {}
     for line in lines:
-        cells.setdefault(line["cell"], []).append(line)
+        cells.setdefault(line["cell"], []).append(columns(line))
     return cells
 
 
@@ -50,31 +54,38 @@ def table(lines: list[dict], names: list[str]) -> str:
 
     A column named worst_X is the smallest X of all seeds. A cell that lacks a column has a dash.
     """
-    rows = ["| | seeds | " + " | ".join(name.replace("_", " ") for name in names) + " |",
-            "|---|---|" + "---|" * len(names)]
+    rows = [["", "seeds", *[name.replace("_", " ") for name in names]],
+            ["---"] * (len(names) + 2)]
     for cell, runs in by_cell(lines).items():
-        shown = [entry([columns(run) for run in runs], name) for name in names]
-        rows.append(f"| {cell} | {len(runs)} | " + " | ".join(shown) + " |")
-    return "\n".join(rows)
+        row = [cell, str(len(runs))]
+        for name in names:
+            row.append(entry(runs, name))
+        rows.append(row)
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
 def entry(runs: list[dict], name: str) -> str:
     """One entry of a table."""
     key = name.removeprefix("worst_")
-    values = [run[key] for run in runs if key in run]
-    if len(values) < len(runs):
+    # A mean over the seeds that happen to have a value would be another figure under one name.
+    if any(key not in run for run in runs):
         return "–"
+    values = [run[key] for run in runs]
     if key != name:
         return number(min(values))
     mean, half = mean_and_half(values)
-    return number(mean) if half is None else f"{number(mean)} ±{number(half)}"
+    if half is None:
+        return number(mean)
+    return f"{number(mean)} ±{number(half)}"
 
 
 def number(value: float) -> str:
     """Three digits behind the point for shares, fewer for what is larger."""
     if abs(value) < 2:
         return f"{value:.3f}".replace("0.", ".", 1)
-    return f"{value:.2f}" if abs(value) < 100 else f"{value:.0f}"
+    if abs(value) < 100:
+        return f"{value:.2f}"
+    return f"{value:.0f}"
 
 
 def report(folder: str, document: str) -> None:
@@ -85,11 +96,14 @@ def report(folder: str, document: str) -> None:
     def written(match: re.Match) -> str:
         name, wanted = match.groups()
         path = os.path.join(folder, name + ".jsonl")
-        lines = [line for _, line in read_lines(path)]
+        lines = []
+        for _, line in read_lines(path):
+            lines.append(line)
         if not lines:
             raise BadInput(f"{path}: no lines, expected a line a run")
         return f"<!-- table {name}: {wanted} -->\n{table(lines, wanted.split())}\n<!-- end -->"
 
+    # Written, then renamed: a kill leaves the document as it was.
     with open(document + ".tmp", "w", encoding="utf-8") as f:
         f.write(TABLE.sub(written, text))
     os.replace(document + ".tmp", document)

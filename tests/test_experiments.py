@@ -115,8 +115,8 @@ def test_a_table_by_hand():
              {"cell": "x", "right_8x": 0.7, "ppl_64": 7.0}]
     # x: mean .6, deviation .1414, half 12.706 * .1414 / sqrt 2 = 1.271
     assert report.table(lines, ["right_8x", "worst_right_8x", "ppl_64"]).splitlines() == [
-        "| | seeds | right 8x | worst right 8x | ppl 64 |",
-        "|---|---|---|---|---|",
+        "|  | seeds | right 8x | worst right 8x | ppl 64 |",
+        "| --- | --- | --- | --- | --- |",
         "| x | 2 | .600 ±1.271 | .500 | 6.00 ±12.71 |",
         "| y | 1 | .250 | .250 | – |"]
 
