@@ -136,12 +136,25 @@ def test_the_published_tables_follow_from_the_lines(tmp_path):
     assert published(command.RESULTS, tmp_path) == text
 
 
-def test_a_wrong_aggregation_would_show(tmp_path, monkeypatch):
-    with open(DOCUMENT, encoding="utf-8") as f:
-        text = f.read()
+@pytest.mark.parametrize("wrong", [
+    lambda values: (statistics.median(values), 0.1),
+    lambda values: (max(values), 0.1),
+    lambda values: (statistics.fmean(values[:-1]), 0.1),
+])
+def test_a_wrong_aggregation_would_show(tmp_path, monkeypatch, wrong):
     right = report.mean_and_half
-    monkeypatch.setattr(report, "mean_and_half", lambda values: (statistics.median(values), right(values)[1]))
-    assert published(command.RESULTS, tmp_path) != text
+    monkeypatch.setattr(report, "mean_and_half", lambda values: (wrong(values)[0], right(values)[1]))
+    document = tmp_path / "EXPERIMENTS.md"
+    document.write_text("<!-- table x: right_8x -->\n<!-- end -->\n")
+    with open(tmp_path / "x.jsonl", "w") as f:
+        for value in (0.9, 0.92, 0.7):
+            f.write(json.dumps({"cell": "x", "right_8x": value}) + "\n")
+    report.report(str(tmp_path), str(document))
+    assert "| .840 ±.302 |" not in document.read_text()
+    monkeypatch.setattr(report, "mean_and_half", right)
+    report.report(str(tmp_path), str(document))
+    # Mean .84, deviation .1217, half 4.303 * .1217 / sqrt 3.
+    assert "| .840 ±.302 |" in document.read_text()
 
 
 def test_every_line_says_how_it_was_made():
