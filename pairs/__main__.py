@@ -26,8 +26,7 @@ COMMANDS = {"score": score, "stats": stats, "show": show, "convert": convert.con
 
 
 def build(argv: list[str]) -> int:
-    """Build the pairs of a config. Exit code 1 where requests failed, so that a script asks
-    again."""
+    """Build the pairs of a config. Exit code 1 where requests failed: a script can ask again."""
     cfg = load_config(argv)
     if cfg["threads"]:
         torch.set_num_threads(cfg["threads"])

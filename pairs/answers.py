@@ -1,5 +1,4 @@
-"""Right or wrong: how answers are compared, which make a pair, and what can be said of one without
-a judge."""
+"""Right or wrong: how answers are compared, which make a pair, and what an audit says of it."""
 import re
 
 from data import Evaluator, words_evaluator
@@ -15,8 +14,7 @@ THOUSANDS = re.compile(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?![\d,])")
 # -------------------------------------------------------------------------------- comparing answers
 
 def normalize(text: str) -> str:
-    """Lower case, no articles, no punctuation, single spaces, 1,000 as 1000: how answers are
-    compared."""
+    """Lower case, single spaces, no articles, no punctuation, 1,000 as 1000: what is compared."""
     text = THOUSANDS.sub(lambda number: number.group().replace(",", ""), text.lower())
     # Chinese and Japanese have no spaces. With every character a word of its own, "words in a row"
     # means what "characters in a row" means there, and a number beside them still begins and ends
@@ -28,6 +26,7 @@ def normalize(text: str) -> str:
 
 def is_right(text: str, answers: list[str]) -> bool:
     """Whether a generated text contains one of the right answers, as whole words in a row."""
+    # With spaces around, so that "Turin" is not found in "Turing".
     text = f" {normalize(text)} "
     for answer in answers:
         if f" {normalize(answer)} " in text:
@@ -36,10 +35,10 @@ def is_right(text: str, answers: list[str]) -> bool:
 
 
 def gives(text: str, answers: list[str], share: float) -> bool:
-    """is_right, or for a long right answer: whether the text has so large a share of its uncommon
-    words."""
+    """is_right, or of a long right answer: whether the text has its share of uncommon words."""
     if is_right(text, answers):
         return True
+    # A sentence can be put in many ways; its names, numbers and rare words cannot be done without.
     said = words_evaluator(text)
     for answer in answers:
         words = words_evaluator(answer)
@@ -58,8 +57,7 @@ def overlap(a: str, b: str) -> float:
 # -------------------------------------------------------------------------------- which make a pair
 
 def fault_of_chosen(text: str | None, row: dict, cfg: dict) -> str | None:
-    """Why a generated chosen answer makes no pair, or None. text: None for an answer that did not
-    end."""
+    """Why a generated chosen answer makes no pair, or None. text: None where it did not end."""
     if text is None:
         return "chosen unfinished"
     if not text.strip():
@@ -74,8 +72,7 @@ def fault_of_chosen(text: str | None, row: dict, cfg: dict) -> str | None:
 
 
 def fault_of_rejected(text: str | None, seen: set[str], row: dict, cfg: dict) -> str | None:
-    """Why a rejected answer is not used, or None. seen: the normalized answers that the pair
-    already has."""
+    """Why a rejected answer is not used, or None. seen: the pair's other answers, normalized."""
     if text is None:
         return "rejected unfinished"
     if not text.strip():
@@ -90,8 +87,7 @@ def fault_of_rejected(text: str | None, seen: set[str], row: dict, cfg: dict) ->
 
 def keep_rejected(row: dict, candidates: list[str | None], cfg: dict
                   ) -> tuple[list[int], str | None]:
-    """(numbers of the first M usable candidates, None); where fewer are usable, the fault of the
-    last that was not."""
+    """(numbers of the first M usable candidates, None); with fewer, the last one's fault."""
     kept = []
     seen = {normalize(row["chosen"])}
     last_fault = None

@@ -27,8 +27,20 @@ import numpy as np
 from tqdm import tqdm
 
 from configs import BadInput, check_settings, default_groups, pairs_path
-from data import (Evaluator, Selection, check_fit, chunk, importance_scores, load_evaluator,
-                  random_stream, read_header, read_lines, select_chunks, text_around, token_ids)
+from data import (
+    Evaluator,
+    Selection,
+    check_fit,
+    chunk,
+    importance_scores,
+    load_evaluator,
+    random_stream,
+    read_header,
+    read_lines,
+    select_chunks,
+    text_around,
+    token_ids,
+)
 from model import Llama
 from pairs.answers import audit, fault_of_chosen, is_right, keep_rejected
 from pairs.corpus import read_examples
@@ -60,15 +72,17 @@ class Draft:
 
 
 def draft(cfg: dict, tokenizer: Tokenizer, evaluator: Evaluator, i: int, example: dict) -> Draft:
-    """Chunks, scores and selection of an example; where no pair can come of it, dropped says
-    why."""
-    new = Draft({"id": i, "document": example["document"], "question": example.get("question"),
-                 "answers": example.get("answers", [])})
-    for key in ("prompt", "text", "context"):
-        if key in example:
-            chunks = chunk(example[key], tokenizer, cfg["chunk_size"])
-            break
-    new.chunks = [np.array(ids, dtype=np.int32) for ids in chunks]
+    """Chunks, scores and selection of an example; dropped says why where no pair can come of it."""
+    row = {
+        "id": i,
+        "document": example["document"],
+        "question": example.get("question"),
+        "answers": example.get("answers", []),
+    }
+    text = example.get("prompt") or example.get("text") or example.get("context")
+    chunks = chunk(text, tokenizer, cfg["chunk_size"])
+    # Arrays of int32, since drafts cross from process to process and wait there by the block.
+    new = Draft(row, [np.array(ids, dtype=np.int32) for ids in chunks])
     if "prompt" in example:
         take_ready_pair(cfg, new, example)
     elif "text" in example:
@@ -79,23 +93,29 @@ def draft(cfg: dict, tokenizer: Tokenizer, evaluator: Evaluator, i: int, example
 
 
 def take_ready_pair(cfg: dict, new: Draft, example: dict) -> None:
-    """A pair that exists: its prompt is cut into chunks, so that positions can be spread between
-    them."""
-    new.row.update(system=example["system"], chunks=new.chunks, scores=[0] * len(new.chunks),
-                   chosen=example["chosen"], rejected=example["rejected"][:cfg["n_rejected"]])
+    """A pair that exists: its prompt is cut into chunks, between which positions can be spread."""
+    M = cfg["n_rejected"]
+    new.row["system"] = example["system"]
+    new.row["chunks"] = new.chunks
+    new.row["scores"] = [0] * len(new.chunks)
+    new.row["chosen"] = example["chosen"]
+    new.row["rejected"] = example["rejected"][:M]
     if len(new.chunks) > cfg["n_chunks"]:
         new.dropped = "prompt longer than n_chunks"
-    elif len(example["rejected"]) < cfg["n_rejected"]:
+    elif len(example["rejected"]) < M:
         new.dropped = "fewer than M rejected answers"
 
 
 def choose_evidence(cfg: dict, new: Draft) -> None:
     """Which chunk of a document without a question it will be asked about."""
     # A document's last chunk may be a few words, which say too little for a question.
-    long = [c for c, ids in enumerate(new.chunks) if 2 * len(ids) >= cfg["chunk_size"]]
+    long = []
+    for c, ids in enumerate(new.chunks):
+        if 2 * len(ids) >= cfg["chunk_size"]:
+            long.append(c)
     rng = random_stream("chunk that a question is about", cfg["seed"], new.row["id"])
     new.evidence = int(rng.choice(long or [0]))
-    if len(new.chunks) == 1:
+    if len(new.chunks) < 2:
         new.dropped = "no irrelevant chunk"
 
 
@@ -103,6 +123,7 @@ def score(cfg: dict, tokenizer: Tokenizer, evaluator: Evaluator, new: Draft) -> 
     """Fill in scores and selection; let go of the chunks that no prompt will see."""
     answers = new.row["answers"]
     wanted = set(evaluator(new.row["question"]))
+    # A chunk that has only the question's words need not hold the answer (the public code's way).
     if cfg["score_with"] == "question+answer":
         for answer in answers:
             wanted |= evaluator(answer)
@@ -118,17 +139,20 @@ def score(cfg: dict, tokenizer: Tokenizer, evaluator: Evaluator, new: Draft) -> 
     new.selection, new.dropped = select_chunks(scores, cfg["n_chunks"], cfg["delta"],
                                                cfg["max_critical"], n_candidates, rng)
     if new.selection is None:
+        new.chunks = None
         return
 
     training = new.selection.training
     new.row["chunks"] = [new.chunks[c] for c in training]
     new.row["scores"] = [scores[c] for c in training]
     generating = [new.selection.chosen, *new.selection.rejected]
+    # A book has hundreds of chunks, of which the prompts see a few dozen.
     seen = set(training).union(*generating)
     new.chunks = {c: new.chunks[c] for c in seen}
     for picked in generating:
         if answers:
-            new.saw.append(is_right(tokenizer.decode(tokens_of(new, picked)), answers))
+            text = tokenizer.decode(tokens_of(new, picked))
+            new.saw.append(is_right(text, answers))
         elif new.evidence is not None:
             new.saw.append(new.evidence in picked)
         else:
@@ -146,8 +170,7 @@ def tokens_of(new: Draft, picked: list[int]) -> list[int]:
 # -------------------------------------------------------------------------------- a block's answers
 
 class Writer:
-    """Takes blocks of drafts to their ends. Rejected answers are asked for where the chosen one
-    holds."""
+    """Takes blocks of drafts to their ends. Rejected answers come after a good chosen one."""
 
     def __init__(self, cfg: dict, tokenizer: Tokenizer, evaluator: Evaluator,
                  source: Local | Endpoint):
@@ -158,17 +181,18 @@ class Writer:
 
     def finish(self, block: list[Draft]) -> list[Draft]:
         """All answers of a block: each draft is a pair, or dropped, or failed."""
-        self.source.begin_block(self.cfg["seed"] * 1_000_003 + block[0].row["id"])
+        first = block[0].row["id"]
+        self.source.begin_block(self.cfg["seed"] * 1_000_003 + first)
         self.write_questions([new for new in block if new.open and new.evidence is not None])
-        # Ready pairs have no selection, and need no answers.
-        self.write_chosen([new for new in block if new.open and new.selection])
-        self.write_rejected([new for new in block if new.open and new.selection])
+        self.write_chosen(still_open(block))
+        self.write_rejected(still_open(block))
         for new in block:
             self.close(new)
         return block
 
     def ask(self, drafts: list[Draft], requests: list[Request]) -> list[str | None]:
         """The texts that answer the drafts' requests. One without an answer fails its draft."""
+        # It stays without a line, so that the next build asks again.
         texts = self.source.answers(requests)
         for new, text in zip(drafts, texts):
             if isinstance(text, Failure):
@@ -181,15 +205,18 @@ class Writer:
         return Request(head, tokens_of(new, picked), tail, self.seed_of(new, j))
 
     def seed_of(self, new: Draft, j: int) -> int:
-        return ((self.cfg["seed"] * 1_000_003 + new.row["id"]) * 64 + j) % (1 << 31)
+        """A server's seed for request j of an example: another one for each, below 2^31."""
+        example = self.cfg["seed"] * 1_000_003 + new.row["id"]
+        return (example * 64 + j) % (1 << 31)
 
     def write_questions(self, drafts: list[Draft]) -> None:
         """A question about one chunk of each document. With it, the chunks can be scored."""
+        head = self.cfg["prompt_head"]
+        tail = "\n\n" + self.cfg["question_prompt"]
         requests = []
         for new in drafts:
-            tail = "\n\n" + self.cfg["question_prompt"]
             tokens = tokens_of(new, [new.evidence])
-            requests.append(Request(self.cfg["prompt_head"], tokens, tail, self.seed_of(new, 63)))
+            requests.append(Request(head, tokens, tail, self.seed_of(new, 63)))
         for new, text in zip(drafts, self.ask(drafts, requests)):
             if new.failed:
                 continue
@@ -202,9 +229,13 @@ class Writer:
     def write_chosen(self, drafts: list[Draft]) -> None:
         """The answer from critical chunks only."""
         if self.cfg["chosen_from"] == "reference":
+            # The corpus' word against the model's: what the chosen prompt holds does not matter
+            # then.
             for new in drafts:
-                new.row["chosen"] = new.row["answers"][0] if new.row["answers"] else ""
-                new.dropped = None if new.row["chosen"] else "no reference answer"
+                if new.row["answers"]:
+                    new.row["chosen"] = new.row["answers"][0]
+                else:
+                    new.dropped = "no reference answer"
             return
         requests = [self.request(new, new.selection.chosen, 0) for new in drafts]
         for new, text in zip(drafts, self.ask(drafts, requests)):
@@ -220,20 +251,26 @@ class Writer:
             for j, picked in enumerate(new.selection.rejected, 1):
                 owners.append(new)
                 requests.append(self.request(new, picked, j))
+        # All at once, whatever the draft: a batch is fast because it is large.
         candidates = {new.row["id"]: [] for new in drafts}
-        for new, text in zip(owners, self.ask(owners, requests)):
+        texts = self.ask(owners, requests)
+        for new, text in zip(owners, texts):
             candidates[new.row["id"]].append(text)
         for new in drafts:
             if not new.failed:
                 self.choose_rejected(new, candidates[new.row["id"]])
 
     def choose_rejected(self, new: Draft, candidates: list[str | None]) -> None:
+        """The first M usable candidates; the kinds of prompts alternate in their order."""
         kept, new.dropped = keep_rejected(new.row, candidates, self.cfg)
         if new.dropped:
             return
         new.row["rejected"] = [candidates[j] for j in kept]
-        saw = [new.saw[0]] + [new.saw[1 + j] for j in kept]
-        evidence = [new.selection.evidence[j] for j in kept]
+        saw = [new.saw[0]]
+        evidence = []
+        for j in kept:
+            saw.append(new.saw[1 + j])
+            evidence.append(new.selection.evidence[j])
         new.row["audit"] = audit(self.cfg, self.evaluator, new.row, saw, evidence)
 
     def close(self, new: Draft) -> None:
@@ -248,8 +285,13 @@ class Writer:
     def length(self, row: dict) -> int:
         """Positions that a pair needs: a long question or reference answer may not fit."""
         prefix, suffix, answers = token_ids(row, self.tokenizer, self.cfg)
-        prompt = len(prefix) + len(suffix) + sum(len(ids) for ids in row["chunks"])
-        return prompt + max(len(answer) for answer in answers)
+        chunks = sum(map(len, row["chunks"]))
+        return len(prefix) + chunks + len(suffix) + max(map(len, answers))
+
+
+def still_open(block: list[Draft]) -> list[Draft]:
+    """The drafts that wait for answers. Ready pairs, which have no selection, need none."""
+    return [new for new in block if new.open and new.selection]
 
 
 def question_in(text: str | None) -> str | None:
@@ -262,6 +304,7 @@ def question_in(text: str | None) -> str | None:
 
 def ahead(pool: Executor, work: Callable, items: Iterable, depth: int) -> Iterator:
     """work(item) of each item, in order, with up to `depth` of them under way."""
+    # Not map(), which would take all items, and so hold the drafts of the whole corpus in memory.
     waiting = deque()
     for item in items:
         waiting.append(pool.submit(work, item))
@@ -272,17 +315,16 @@ def ahead(pool: Executor, work: Callable, items: Iterable, depth: int) -> Iterat
 
 
 def draft_block(ids: Iterable[int]) -> list[Draft]:
-    """In a worker: the drafts of a block of examples. What it works on was there before the
-    fork."""
-    examples = draft_block.examples
-    return [draft(*draft_block.settings, i, examples[i]) for i in ids]
+    """In a worker: the drafts of a block of examples. All else was there before the fork."""
+    cfg, tokenizer, evaluator, examples = draft_block.given
+    return [draft(cfg, tokenizer, evaluator, i, examples[i]) for i in ids]
 
 
 def drafts(cfg: dict, tokenizer: Tokenizer, evaluator: Evaluator, examples: Sequence[dict],
            blocks: list[Iterable[int]]) -> Iterator[list[Draft]]:
     """Drafts of blocks of examples, in order, from worker processes a few blocks ahead."""
-    draft_block.settings = (cfg, tokenizer, evaluator)
-    draft_block.examples = examples
+    draft_block.given = (cfg, tokenizer, evaluator, examples)
+    # More processes than blocks would only be started and stopped.
     workers = min(cfg["workers"] or os.cpu_count() or 1, len(blocks))
     if workers < 2:
         yield from map(draft_block, blocks)
@@ -302,10 +344,10 @@ def drafts(cfg: dict, tokenizer: Tokenizer, evaluator: Evaluator, examples: Sequ
 
 
 def start_worker(parent: int) -> None:
-    """A worker ends when its parent was killed, and leaves Ctrl-C, which all processes get, to
-    it."""
+    """A worker ends when its parent was killed. Ctrl-C, which all get, is the parent's."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
+    # A worker waits for work on a pipe that its siblings hold open as well: it would wait for ever.
     def watch():
         while os.getppid() == parent:
             time.sleep(0.5)
@@ -320,7 +362,9 @@ def header(cfg: dict, tokenizer: Tokenizer, endpoint_model: str) -> dict:
     """What the pairs are made by: files whose headers differ do not mix."""
     keys = ["model", "adapter", "examples", "dtype", *default_groups()["build"]]
     settings = {key: cfg[key] for key in keys}
+    # What a server made of an empty name: tomorrow its first model may be another one.
     settings["endpoint_model"] = endpoint_model
+    # Chunks are token ids, which another tokenizer would read as other words.
     settings["tokenizer"] = tokenizer.digest
     return settings
 
@@ -340,6 +384,7 @@ def cut_torn_line(path: str) -> None:
     """Take off a line that a kill cut short. A file that is none of ours is refused before."""
     try:
         with open(path, "rb+") as f:
+            # A mistaken pairs= must not cost the last line of a user's own file.
             start = f.read(len(FIRST_BYTES))
             if start != FIRST_BYTES[:len(start)]:
                 raise BadInput(f"{path}: is no file of pairs: name another one with pairs=")
@@ -354,6 +399,7 @@ def cut_torn_line(path: str) -> None:
 
 
 def refuse_other_settings(path: str, built: dict, settings: dict) -> None:
+    # Keys of both: a file from an earlier version may lack some, or have others.
     for key in {**settings, **built}:
         if built.get(key) != settings.get(key):
             raise BadInput(f"{path}: was built with {key}={built.get(key)!r}, now it is "
@@ -372,13 +418,16 @@ def start_file(path: str, settings: dict) -> None:
 def missing_blocks(cfg: dict, n: int, done: set[int]) -> list[Sequence[int]]:
     """The blocks of examples some of which have no line."""
     size = cfg["build_batch"]
-    blocks = [range(start, min(start + size, n)) for start in range(0, n, size)]
-    blocks = [ids for ids in blocks if not done.issuperset(ids)]
-    if cfg["endpoint"]:
-        # A server's answers do not depend on the block, so none is asked for twice. Here they do:
-        # they are drawn from one stream, so a block that was cut is written anew to come out the
-        # same.
-        blocks = [[i for i in ids if i not in done] for ids in blocks]
+    blocks = []
+    for start in range(0, n, size):
+        ids = range(start, min(start + size, n))
+        if cfg["endpoint"]:
+            # A server's answers do not depend on the block: none is asked for twice. Here they do,
+            # being drawn from one stream: a block that was cut is written anew, to come out the
+            # same.
+            ids = [i for i in ids if i not in done]
+        if not done.issuperset(ids):
+            blocks.append(ids)
     return blocks
 
 
@@ -387,7 +436,8 @@ def finished(writer: Writer, drafted: Iterator[list[Draft]]) -> Iterator[list[Dr
     if isinstance(writer.source, Local):
         yield from map(writer.finish, drafted)
         return
-    # A server likes many requests at once: each thread takes one example through its answers.
+    # A server likes many requests at once: each thread takes one example through its answers. More
+    # are drafted ahead, so that a slow example at the head of the order keeps nobody waiting.
     at_once = writer.cfg["endpoint_requests"]
     singles = ([new] for block in drafted for new in block)
     pool = ThreadPoolExecutor(at_once)
@@ -431,10 +481,10 @@ def build_pairs(cfg: dict, policy: Callable[[], Llama], tokenizer: Tokenizer) ->
     failures = []
     if blocks:
         drafted = drafts(cfg, tokenizer, evaluator, examples, blocks)
-        blocks_done = finished(Writer(cfg, tokenizer, evaluator, source), drafted)
-        before = len(examples) - sum(len(ids) for ids in blocks)
+        writer = Writer(cfg, tokenizer, evaluator, source)
+        before = len(examples) - sum(map(len, blocks))
         with tqdm(total=len(examples), initial=before, desc="pairs", disable=None) as bar:
-            failures = write_lines(path, blocks_done, done, bar)
+            failures = write_lines(path, finished(writer, drafted), done, bar)
     print_summary(path, len(examples))
     if failures:
         print(f"warning: {len(failures)} examples have no line, requests failed "
@@ -453,11 +503,16 @@ def write_lines(path: str, blocks: Iterable[list[Draft]], done: set[int], bar: t
                     failures.append(new.failed)
                     in_a_row += 1
                     continue
+                # A dropped example says nothing of the server: it may never have been asked.
                 if not new.dropped:
                     in_a_row = 0
-                if new.row["id"] not in done:
-                    line = {"id": new.row["id"], "dropped": new.dropped} if new.dropped else new.row
-                    f.write(json.dumps(line, ensure_ascii=False) + "\n")
+                if new.row["id"] in done:
+                    continue
+                line = new.row
+                if new.dropped:
+                    line = {"id": new.row["id"], "dropped": new.dropped}
+                f.write(json.dumps(line, ensure_ascii=False) + "\n")
+            # A kill costs the block under way, no more.
             f.flush()
             bar.update(len(block))
             if in_a_row >= FAILURES_IN_A_ROW:
@@ -470,11 +525,13 @@ def print_summary(path: str, n: int) -> None:
     """How many pairs, and what became of the other examples."""
     pairs = 0
     reasons = Counter()
+    # From the file, since most of it may be the work of earlier builds.
     for number, row in read_lines(path):
         if "dropped" in row:
             reasons[row["dropped"]] += 1
         elif number > 1:
             pairs += 1
-    said = [f"{path}: {pairs} pairs of {n} examples"]
-    said += [f"{count} dropped: {reason}" for reason, count in reasons.most_common()]
-    print(", ".join(said))
+    said = f"{path}: {pairs} pairs of {n} examples"
+    for reason, count in reasons.most_common():
+        said += f", {count} dropped: {reason}"
+    print(said)

@@ -12,9 +12,10 @@ import json
 import os
 import re
 import sys
+from typing import NamedTuple
 
 from configs import BadInput
-from pairs.corpus import files_of, parse, raw_rows, text_at
+from pairs.corpus import example_of, files_of, parse, raw_rows, text_at
 
 # LongAlpaca frames its documents. long-llm-data sets the question apart by a rule of hyphens, or by
 # an empty line alone, which a document has as well: so the last of the surest kind counts.
@@ -26,6 +27,7 @@ LONGEST_QUESTION = 4000  # characters; beyond it, it is the document's last para
 
 def longalpaca(row: dict) -> list[dict]:
     """{"instruction", "input", "output"}: a conversation of one turn."""
+    # Document and question are in one text. "input" is empty in the rows that are long.
     text = text_at(row, "instruction")
     if row.get("input"):
         text += "\n\n" + text_at(row, "input")
@@ -35,59 +37,77 @@ def longalpaca(row: dict) -> list[dict]:
 
 
 def long_llm_data(row: dict) -> list[dict]:
-    """{"conversations"} or {"messages"}: a question in the first user turn, more of them after
-    it."""
+    """{"conversations"} or {"messages"}: a question in the first user turn, others after it."""
     turns = turns_of(row.get("conversations") or row.get("messages"))
-    turns = [(role, text) for role, text in turns if role != "system"]
-    roles = [role for role, _ in turns]
-    if not turns or roles != [("user", "assistant")[i % 2] for i in range(len(turns))]:
+    turns = [turn for turn in turns if turn.role != "system"]
+    roles = [turn.role for turn in turns]
+    # Two questions in a row, or two answers: which answers which could only be guessed.
+    in_turn = ["user", "assistant"] * len(turns)
+    if not turns or roles != in_turn[:len(turns)]:
         raise BadInput(f"roles are {roles[:6]}, expected user and assistant in turn, user first")
-    context, question = split_turn(turns[0][1])
-    questions = [question] + [text for _, text in turns[2::2]]
-    answers = [text for _, text in turns[1::2]] + [""]  # the last question may have none
+    context, first_question = split_turn(turns[0].text)
     rows = []
-    for question, answer in zip(questions, answers):
-        if question.strip():
-            right = [answer] if answer.strip() else []
-            rows.append({"context": context, "question": question.strip(), "answers": right})
+    for i in range(0, len(turns), 2):
+        question = turns[i].text.strip() if i else first_question
+        # The last question may have no answer, and others an empty one.
+        answers = [turn.text for turn in turns[i + 1:i + 2] if turn.text.strip()]
+        if question:
+            rows.append({"context": context, "question": question, "answers": answers})
     return rows
 
 
 def trl(row: dict) -> list[dict]:
-    """TRL's preferences: messages, with the prompt by itself or at the head of both answers; or
-    texts."""
+    """TRL's preferences: texts, or messages with the prompt by itself or before both answers."""
     answers = []
     for key in ("chosen", "rejected"):
         value = row.get(key)
+        # TRL's "standard" form has texts, its "conversational" form lists of messages.
         if isinstance(value, str):
-            answers.append([("assistant", value)])
-        else:
-            answers.append(turns_of(value))
+            value = {"role": "assistant", "content": value}
+        answers.append(turns_of(value))
     prompt = row.get("prompt")
     if prompt is None:
+        # An "implicit" prompt: the turns that both answers begin with.
         prompt = answers[0][:-1]
+    elif isinstance(prompt, str):
+        prompt = [Turn("user", prompt)]
     else:
-        prompt = [("user", text_at(row, "prompt"))] if isinstance(prompt, str) else turns_of(prompt)
+        prompt = turns_of(prompt)
     for turns in answers:
-        if not turns or turns[-1][0] != "assistant" or turns[:-1] not in ([], prompt):
+        alone = turns[:-1] in ([], prompt)
+        if not turns or turns[-1].role != "assistant" or not alone:
             raise BadInput("expected chosen and rejected to be one assistant message after the "
                            "same prompt")
-    roles = [role for role, _ in prompt]
+    roles = [turn.role for turn in prompt]
+    # A pair's prompt is one user's turn: that is what the template puts around it in training.
     if roles not in (["user"], ["system", "user"]):
         raise BadInput(f"the prompt has the roles {roles[:6]}, expected one user turn (after a "
                        "system turn)")
-    pair = {"prompt": prompt[-1][1], "chosen": answers[0][-1][1], "rejected": answers[1][-1][1]}
+    chosen, rejected = answers
+    pair = {
+        "prompt": prompt[-1].text,
+        "chosen": chosen[-1].text,
+        "rejected": rejected[-1].text,
+    }
     if len(prompt) == 2:
-        pair["system"] = prompt[0][1]
+        pair["system"] = prompt[0].text
     return [pair]
 
 
-def turns_of(messages: object) -> list[tuple[str, str]]:
-    """[(role, text), ...] from {"role", "content"} or {"from", "value"}; roles: system, user,
-    assistant."""
+class Turn(NamedTuple):
+    """A message: its role (system, user, assistant) and text."""
+    role: str
+    text: str
+
+
+def turns_of(messages: object) -> list[Turn]:
+    """The turns of {"role", "content"} or {"from", "value"} messages."""
     names = {"human": "user", "gpt": "assistant"}
+    if not isinstance(messages, list):
+        messages = [messages]
     turns = []
-    for message in messages if isinstance(messages, list) else [messages]:
+    for message in messages:
+        # ShareGPT's names beside OpenAI's: both are about.
         found = message if isinstance(message, dict) else {}
         role = found.get("role", found.get("from"))
         role = names.get(role, role)
@@ -95,16 +115,19 @@ def turns_of(messages: object) -> list[tuple[str, str]]:
         if role not in ("system", "user", "assistant") or not isinstance(text, str):
             raise BadInput(f"a message is {repr(message)[:60]}, expected {{'role': user or "
                            "assistant, 'content': a text}")
-        turns.append((role, text))
+        turns.append(Turn(role, text))
     return turns
 
 
 def split_turn(text: str) -> tuple[str, str]:
     """(document, question) of a first user turn."""
-    breaks = list(MARKED.finditer(text.rstrip())) or list(EMPTY_LINE.finditer(text.rstrip()))
+    text = text.rstrip()
+    breaks = [*EMPTY_LINE.finditer(text)]
+    breaks = [*MARKED.finditer(text)] or breaks
     if breaks:
-        context = FRAME.sub("", text[:breaks[-1].start()]).strip()
-        question = text[breaks[-1].end():].strip()
+        last = breaks[-1]
+        context = FRAME.sub("", text[:last.start()]).strip()
+        question = text[last.end():].strip()
         if context and question and len(question) <= LONGEST_QUESTION:
             return context, question
     raise BadInput("the first user turn ends with no question, expected document, empty line, "
@@ -115,29 +138,39 @@ FORMATS = {"longalpaca": longalpaca, "long-llm-data": long_llm_data, "trl": trl}
 
 
 def convert(argv: list[str]) -> int:
-    """python -m pairs convert FORMAT IN OUT: rows that cannot be converted are named and left
-    out."""
+    """python -m pairs convert FORMAT IN OUT: bad rows are named and left out."""
     if len(argv) != 3 or argv[0] not in FORMATS:
         raise BadInput(f"expected: python -m pairs convert {'|'.join(FORMATS)} IN OUT")
     form, path, out = argv
     if os.path.exists(out):
         raise BadInput(f"{out}: is already there, expected a name for a new file")
     written = 0
+    # Under another name until it is whole, so that half a corpus never looks like one.
     with open(out + ".tmp", "w", encoding="utf-8") as f:
         for name in files_of(path):
             for number, (raw, _) in enumerate(raw_rows(name), 1):
                 if not raw.strip():
                     continue
                 try:
-                    row = parse(name, raw)
-                    if not isinstance(row, dict):
-                        raise BadInput(f"expected a JSON object, found {repr(row)[:40]}")
-                    rows = FORMATS[form](row)
+                    rows = converted(form, name, raw)
                 except BadInput as e:
                     print(f"left out: {name}, line {number}: {e}", file=sys.stderr)
                     continue
-                f.writelines(json.dumps(row) + "\n" for row in rows)
+                for row in rows:
+                    f.write(json.dumps(row) + "\n")
                 written += len(rows)
     os.replace(out + ".tmp", out)
     print(f"{out}: {written} rows")
     return 0
+
+
+def converted(form: str, name: str, raw: bytes) -> list[dict]:
+    """Rows of ours for a row of a file. BadInput, without file and line, says why not."""
+    row = parse(name, raw)
+    if not isinstance(row, dict):
+        raise BadInput(f"expected a JSON object, found {repr(row)[:40]}")
+    rows = FORMATS[form](row)
+    for row in rows:
+        # What is wrong with it is said now, and not when the pairs are built.
+        example_of(row)
+    return rows

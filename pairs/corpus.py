@@ -56,10 +56,12 @@ def example_of(row: object) -> dict:
     for key, form in CONVERTED.items():
         if key in row:
             raise BadInput(f"has {key!r}: python -m pairs convert {form} IN OUT makes rows of ours")
+    # A pair that lacks its other half is a pair with a fault, not a row of another form.
     if "chosen" in row or "rejected" in row:
         return ready_pair(row)
     if "question" not in row and "text" in row:
         return {"text": text_at(row, "text")}
+    # A passage answers by itself; a context is where an answer has to be found.
     example = {"question": text_at(row, "question"), "answers": answers_of(row)}
     if "text" in row:
         title = row.get("title") or ""
@@ -104,11 +106,11 @@ def ready_pair(row: dict) -> dict:
 
 
 def number_of_document(example: dict, numbers: dict[bytes, int]) -> int:
-    """Which of the different texts it is about, in the order in which they came. numbers: by
-    digest."""
+    """Which of the texts it is about, numbered as they came. numbers: those so far, by digest."""
     for key in ("text", "passage", "prompt", "context"):
         if key in example:
             text = json.dumps(example[key])
+            # A digest, since the texts themselves may not fit into memory.
             digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
             return numbers.setdefault(digest, len(numbers))
     raise BadInput("expected a context")
@@ -122,6 +124,7 @@ def files_of(path: str) -> list[str]:
         if path != "-" and not os.path.isfile(path):
             raise BadInput(f"{path}: no such file")
         return [path]
+    # In one order on every machine: examples are known by their number.
     found = []
     for folder, _, names in os.walk(path):
         found += [os.path.join(folder, name) for name in names if name.endswith(ENDINGS)]
@@ -143,6 +146,7 @@ def raw_rows(name: str) -> Iterator[tuple[bytes, bool]]:
         if name.endswith(".txt"):
             yield file.read(), True
         elif name.removesuffix(".gz").endswith(".json") and is_array(file):
+            # In memory once as a whole; a corpus that does not fit is better in lines.
             for row in json.load(file):
                 yield json.dumps(row).encode(), False
         else:
@@ -158,6 +162,7 @@ def is_array(file) -> bool:
 def parse(name: str, raw: bytes) -> object:
     """What a row says, as JSON does. BadInput, without file and line, where it says nothing."""
     try:
+        # Some editors begin a file with a byte order mark.
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as e:
         raise BadInput(f"not UTF-8 (byte {e.start} is {raw[e.start]:#x})") from e
@@ -181,6 +186,7 @@ class Corpus:
         self.questions = cfg["questions"]
         self.files = files_of(path)
         self.spool = tempfile.TemporaryFile()  # one for all that is packed: descriptors are few
+        # Integers in arrays: eight bytes each, where a list of tuples takes a hundred an example.
         self.places = array("q")               # file, offset, bytes of each example
         self.document_of = array("q")
         self.is_passage = array("b")
@@ -211,6 +217,7 @@ class Corpus:
         for number, (raw, in_place) in enumerate(raw_rows(name), 1):
             place = (file, end, len(raw))
             end += len(raw)
+            # An empty line is no row, but an empty text file is a document with a fault.
             if not raw.strip() and not name.endswith(".txt"):
                 continue
             try:
@@ -221,6 +228,7 @@ class Corpus:
             if not in_place:
                 place = (SPOOLED, self.spool.tell(), len(raw))
                 self.spool.write(raw)
+            # By the text itself: a corpus may have a row a question, in any order.
             document = number_of_document(example, numbers)
             for _ in range(self.questions if "text" in example else 1):
                 self.places.extend(place)
@@ -281,7 +289,9 @@ class Examples(Sequence):
 
     def among_distractors(self, i: int, document: int, passage: str) -> list[str]:
         """A passage among size - 1 of other documents, in random order."""
+        # Of example i alone: it reads the same, whoever asks for it and in what order.
         rng = random_stream("distractors", self.seed, i)
+        # By document: one with many questions would be its own distractor.
         shuffled = rng.permutation(list(self.passages))
         others = [other for other in shuffled if other != document][:self.size - 1]
         context = []
@@ -295,8 +305,7 @@ class Examples(Sequence):
 
 @lru_cache
 def open_corpus(path: str, questions: int, strict: bool) -> Corpus:
-    """The corpus of a path; the same one for a second caller, since standard input can be read once
-    only."""
+    """The corpus of a path, the same one for all callers: standard input can be read only once."""
     return Corpus(path, {"questions": questions, "strict": strict})
 
 
@@ -305,6 +314,7 @@ def generated_examples(path: str, count: int, size: int, seed: int) -> list[dict
     generator = getattr(run_file(path), "examples", None)
     if not callable(generator):
         raise BadInput(f"{path}: expected a function examples(count, size, seed) in it")
+    # Such a file may tell the same text again, with another question.
     numbers = {}
     found = []
     for example in generator(count, size, seed):
@@ -337,6 +347,7 @@ def read_examples(cfg: dict, split: str, size: int | None = None) -> Sequence[di
     train = order[:cfg["n_examples"] or len(order)]
     if split == "train":
         return Examples(corpus, train, size, cfg["seed"])
+    # The end of the same order: how many are trained on does not change what is asked.
     fresh = order[max(0, len(order) - count):]
     documents = [{corpus.document_of[i] for i in part} for part in (train, fresh)]
     if len(fresh) < count or documents[0] & documents[1]:

@@ -30,8 +30,7 @@ class Request(NamedTuple):
 
 
 class Failure(str):
-    """Why a request has no answer. The next build asks again, so it is no reason to drop an
-    example."""
+    """Why a request has no answer. The next build asks again: the example is not dropped."""
 
 
 # ---------------------------------------------------------------------------------- in this process
@@ -40,6 +39,7 @@ class Local:
     """Answers by the policy in this process."""
 
     def __init__(self, cfg: dict, policy: Callable[[], Llama], tokenizer: Tokenizer):
+        # A function, not a model: a build that has nothing left to ask opens none.
         self.cfg = cfg
         self.policy = policy
         self.tokenizer = tokenizer
@@ -61,6 +61,8 @@ class Local:
             found = generate(self.policy(), [prompts[i] for i in batch], self.cfg["max_new_tokens"],
                              self.cfg["temperature"], self.cfg["top_p"], stops, self.generator)
             for i, ids in zip(batch, found):
+                # Cut by max_new_tokens, it is no answer: to train on it would teach to end like
+                # that.
                 if ids[-1] in stops:
                     texts[i] = self.tokenizer.decode(ids[:-1])
         return texts
@@ -93,6 +95,7 @@ class Endpoint:
         if urlparse(url).scheme not in ("http", "https"):
             raise BadInput(f"endpoint is {url!r}, expected http:// or https://, as "
                            "http://127.0.0.1:8000/v1")
+        # Only here, since most builds need no server.
         try:
             import openai
         except ImportError as e:
@@ -108,8 +111,10 @@ class Endpoint:
     def first_model(self) -> str:
         """The first model that the server lists. It answers before any work is done for it."""
         url = self.cfg["endpoint"]
+        # Once more at most: a server that is not there is better said at once.
+        client = self.client.with_options(max_retries=1)
         try:
-            return self.client.models.list().data[0].id
+            return client.models.list().data[0].id
         except self.error as e:
             raise BadInput(f"endpoint={url}: cannot be used ({one_line(e)}), expected an "
                            "OpenAI-compatible server; one that lists no models needs "
@@ -125,9 +130,10 @@ class Endpoint:
         return [self.answer(request) for request in requests]
 
     def answer(self, request: Request) -> str | Failure | None:
-        """A text; None for one that did not end within max_new_tokens; a Failure after the client's
-        last retry."""
+        """A text; None where max_new_tokens cut it; a Failure after the client's last retry."""
         cfg = self.cfg
+        # The client waits longer from retry to retry, and gives up at once where asking again is
+        # vain.
         sampling = {"model": self.model, "max_tokens": cfg["max_new_tokens"], "seed": request.seed,
                     "temperature": cfg["temperature"], "top_p": cfg["top_p"]}
         try:

@@ -4,13 +4,12 @@ import os
 import resource
 import time
 from collections import Counter
-from collections.abc import Iterable
 
 import numpy as np
 
 from configs import BadInput, check_settings, load_config
 from data import IRRELEVANT, NEAR, PARTIAL, check_fit, load_evaluator, read_lines
-from pairs.build import drafts, missing_blocks
+from pairs.build import Draft, drafts, missing_blocks
 from pairs.corpus import read_examples
 from pairs.coverage import SAMPLES, coverage, picture, to_uniform
 from tokenizer import load_tokenizer
@@ -34,24 +33,29 @@ REASONS = {
     "no question written": "question_prompt",
     "written question is not about its chunk": "question_prompt, or a higher chunk_size",
 }
-HEADINGS = f"  {'':34} {'least':>8} {'median':>8} {'mean':>8} {'most':>8}"
+KEYS = ("id", "question", "chunks", "scores", "chosen", "rejected")  # of a pair
+HEADINGS = "                                        least   median     mean     most"
 
 
 def print_spread(name: str, values: list[float]) -> None:
     low, middle, high = np.percentile(values, [0, 50, 100])
-    print(f"  {name:34} {low:8.5g} {middle:8.5g} {np.mean(values):8.5g} {high:8.5g}")
+    mean = np.mean(values)
+    print(f"  {name:34} {low:8.5g} {middle:8.5g} {mean:8.5g} {high:8.5g}")
 
 
 def print_share(name: str, values: list[bool | None]) -> None:
     """The share of True among values that are known, which None is not."""
     known = [value for value in values if value is not None]
-    found = f"{np.mean(known):8.1%} of {len(known)}" if known else "not known"
-    print(f"  {name:34} {found}")
+    if known:
+        print(f"  {name:34} {np.mean(known):8.1%} of {len(known)}")
+    else:
+        print(f"  {name:34} not known")
 
 
 def print_reasons(dropped: Counter) -> None:
     for reason, count in dropped.most_common():
-        print(f"  {count:6d} dropped: {reason}   (to turn: {REASONS.get(reason, 'not known')})")
+        remedy = REASONS.get(reason, "not known")
+        print(f"  {count:6d} dropped: {reason}   (to turn: {remedy})")
 
 
 def read_pairs(path: str) -> tuple[list[dict], Counter]:
@@ -61,20 +65,21 @@ def read_pairs(path: str) -> tuple[list[dict], Counter]:
     for number, row in read_lines(path):
         if "dropped" in row:
             dropped[row["dropped"]] += 1
-        elif number > 1 or "settings" not in row:
-            for key in ("id", "question", "chunks", "scores", "chosen", "rejected"):
-                if key not in row:
-                    raise BadInput(f"{path}, line {number}: no {key!r}, expected a pair, or an id "
-                                   "and why it was dropped")
-            pairs.append(row)
+            continue
+        if number == 1 and "settings" in row:
+            continue
+        for key in KEYS:
+            if key not in row:
+                raise BadInput(f"{path}, line {number}: no {key!r}, expected a pair, or an id and "
+                               "why it was dropped")
+        pairs.append(row)
     return pairs, dropped
 
 
 # -------------------------------------------------------------------------------------------- stats
 
 def stats(argv: list[str]) -> int:
-    """The table of a pairs' file; with a config its positions', and a picture where matplotlib
-    is."""
+    """The table of a pairs' file; with a config its positions' too, and their picture."""
     if not argv:
         raise BadInput("expected: python -m pairs stats PAIRS [CONFIG] [key=value]")
     path, *words = argv
@@ -84,7 +89,8 @@ def stats(argv: list[str]) -> int:
                        f"configs/NAME.py {words[0]}")
     cfg = load_config(words) if words else None
     pairs, dropped = read_pairs(path)
-    print(f"{path}: {len(pairs)} pairs of {len(pairs) + sum(dropped.values())} examples")
+    n = len(pairs) + dropped.total()
+    print(f"{path}: {len(pairs)} pairs of {n} examples")
     print_reasons(dropped)
     if not pairs:
         return 0
@@ -94,28 +100,41 @@ def stats(argv: list[str]) -> int:
     if cfg is None:
         print(f"  positions: python -m pairs stats {path} CONFIG, the config that trains on them")
         return 0
-    prompts = [[len(ids) for ids in row["chunks"]] for row in pairs]
-    print_positions(path, cfg, max(prompts, key=sum))
+    longest = max(pairs, key=prompt_tokens)
+    print_positions(path, cfg, [len(ids) for ids in longest["chunks"]])
     return 0
+
+
+def prompt_tokens(row: dict) -> int:
+    """Tokens of a pair's chunks, without question and template."""
+    return sum(map(len, row["chunks"]))
 
 
 def print_pairs(pairs: list[dict]) -> None:
     """Lengths and scores."""
-    other_scores = [np.mean(sorted(row["scores"])[:-1] or [0]) for row in pairs]
+    chosen_words = []
     rejected_words = []
+    best_scores = []
+    other_scores = []
     for row in pairs:
-        rejected_words += [len(text.split()) for text in row["rejected"]]
-    print_spread("prompt tokens, chunks only", [sum(map(len, row["chunks"])) for row in pairs])
-    print_spread("words of the chosen", [len(row["chosen"].split()) for row in pairs])
+        chosen_words.append(len(row["chosen"].split()))
+        for text in row["rejected"]:
+            rejected_words.append(len(text.split()))
+        # How far the evidence stands out from what is beside it.
+        *others, best = sorted(row["scores"])
+        best_scores.append(best)
+        other_scores.append(np.mean(others or [0]))
+    print_spread("prompt tokens, chunks only", list(map(prompt_tokens, pairs)))
+    print_spread("words of the chosen", chosen_words)
     print_spread("words of a rejected", rejected_words)
-    print_spread("best score of a chunk", [max(row["scores"]) for row in pairs])
+    print_spread("best score of a chunk", best_scores)
     print_spread("mean score of the other chunks", other_scores)
 
 
 def print_audits(audits: list[dict]) -> None:
     """Who has the right answer and who saw it; rejected answers by what their prompt held."""
     if not audits:
-        return
+        return  # ready pairs have none
     overlaps = []
     for found in audits:
         overlaps += found["overlap"]
@@ -124,33 +143,44 @@ def print_audits(audits: list[dict]) -> None:
     print_share("chosen has the right answer", [found["chosen_right"] for found in audits])
     print_share("its prompt held the evidence", [found["chosen_saw_evidence"] for found in audits])
     for kind in (IRRELEVANT, PARTIAL, NEAR):
-        right, saw, errors = [], [], Counter()
-        for found in audits:
-            for j, held in enumerate(found["evidence"]):
-                if held == kind:
-                    right.append(found["rejected_right"][j])
-                    saw.append(found["rejected_saw_evidence"][j])
-                    errors[found["error"][j]] += 1
-        print(f"  rejected, from {kind} chunks: {len(right)}")
-        print_share("  has the right answer", right)
-        print_share("  its prompt held the evidence", saw)
-        for error, count in errors.most_common():
-            print(f"  {'  ' + error:34} {count / len(right):8.1%}")
+        print_rejected(kind, audits)
+
+
+def print_rejected(kind: str, audits: list[dict]) -> None:
+    """The rejected answers whose prompts held chunks of one kind."""
+    right = []
+    saw = []
+    errors = Counter()
+    # Together, a kind that works would hide one that does not.
+    for found in audits:
+        for j, held in enumerate(found["evidence"]):
+            if held == kind:
+                right.append(found["rejected_right"][j])
+                saw.append(found["rejected_saw_evidence"][j])
+                errors[found["error"][j]] += 1
+    print(f"  rejected, from {kind} chunks: {len(right)}")
+    print_share("  has the right answer", right)
+    print_share("  its prompt held the evidence", saw)
+    for error, count in errors.most_common():
+        share = count / len(right)
+        print(f"    {error:32} {share:8.1%}")
 
 
 def print_positions(path: str, cfg: dict, lengths: list[int]) -> None:
     """How each strategy covers the window, for samples like the longest pair."""
-    window = cfg["window"]
-    tail = max(8, sum(lengths) // 16)  # question and answer, about
-    print(f"  positions of {SAMPLES} samples like the longest pair ({sum(lengths)} tokens in "
-          f"{len(lengths)} chunks), window {window}:")
-    print(f"  {'':12} {'visited':>8}   to uniform: {'all pairs':>10} {'answer to prompt':>17}")
-    found = coverage(lengths, tail, window, cfg["sparse_share"], cfg["draws"])
+    # Of other pairs the slots have more room, never less: this is the worst case.
+    tokens = sum(lengths)
+    tail = max(8, tokens // 16)  # question and answer, about
+    print(f"  positions of {SAMPLES} samples like the longest pair ({tokens} tokens in "
+          f"{len(lengths)} chunks), window {cfg['window']}:")
+    print("                visited   to uniform:  all pairs  answer to prompt")
+    found = coverage(cfg, lengths, tail)
     for kind, counts in found.items():
-        here = "   <- this config" if kind == cfg["positions"] else ""
         visited = np.mean(counts.held > 0)
-        print(f"  {kind:12} {visited:8.1%}   {'':11} {to_uniform(counts.every):10.3f} "
-              f"{to_uniform(counts.answer):17.3f}{here}")
+        every = to_uniform(counts.every)
+        answer = to_uniform(counts.answer)
+        here = "   <- this config" if kind == cfg["positions"] else ""
+        print(f"  {kind:12} {visited:8.1%}               {every:10.3f} {answer:17.3f}{here}")
     image = os.path.splitext(path)[0] + ".positions.png"
     try:
         picture(image, cfg, lengths, tail, found)
@@ -163,8 +193,7 @@ def print_positions(path: str, cfg: dict, lengths: list[int]) -> None:
 # -------------------------------------------------------------------------------------------- score
 
 def score(argv: list[str]) -> int:
-    """Read, chunk and score a config's whole corpus: how selective it is, how fast, in how much
-    memory."""
+    """Read, chunk and score a config's corpus: how selective, how fast, in how much memory."""
     cfg = load_config(argv)
     tokenizer = load_tokenizer(cfg["model"], cfg["template"])
     check_settings(cfg)
@@ -173,9 +202,10 @@ def score(argv: list[str]) -> int:
     examples = read_examples(cfg, "train")
     evaluator = load_evaluator(cfg)
     indexed = time.time()
+    # Ready pairs and documents without a question are neither: they wait for answers, or need none.
     dropped = Counter()
     selected = []
-    blocks = missing_blocks({**cfg, "endpoint": ""}, len(examples), set())
+    blocks = missing_blocks(cfg, len(examples), set())
     for block in drafts(cfg, tokenizer, evaluator, examples, blocks):
         for new in block:
             if new.dropped:
@@ -183,27 +213,36 @@ def score(argv: list[str]) -> int:
             elif new.selection:
                 selected.append(new)
     took = time.time() - indexed
+    rate = len(examples) / took
     print(f"{cfg['examples']}: {len(examples)} examples, indexed in {indexed - start:.1f} s, "
-          f"scored in {took:.1f} s ({len(examples) / took:.1f} a second)")
+          f"scored in {took:.1f} s ({rate:.1f} a second)")
     print(f"  {len(selected)} with critical and irrelevant chunks")
     print_reasons(dropped)
     if selected:
-        print(HEADINGS)
-        print_spread("best score of a chunk", [max(new.row["scores"]) for new in selected])
-        print_spread("critical chunks", [len(new.selection.chosen) for new in selected])
-        print_share("evidence in the critical chunks", [new.saw[0] for new in selected])
-        for kind in (IRRELEVANT, PARTIAL, NEAR):
-            saw = []
-            for new in selected:
-                saw += saw_evidence(new, kind)
-            print_share(f"evidence in {kind} chunks", saw)
+        print_selected(selected)
     print_memory()
     return 0
 
 
-def saw_evidence(new, kind: str) -> Iterable[bool | None]:
-    """Whether a draft's rejected prompts of a kind hold the evidence."""
-    return [saw for saw, held in zip(new.saw[1:], new.selection.evidence) if held == kind]
+def print_selected(selected: list[Draft]) -> None:
+    """How selective the scores are, and whether the evidence, where known, is among the best."""
+    best = []
+    critical = []
+    chosen_saw = []
+    rejected_saw = {IRRELEVANT: [], PARTIAL: [], NEAR: []}
+    for new in selected:
+        best.append(max(new.row["scores"]))
+        critical.append(len(new.selection.chosen))
+        chosen_saw.append(new.saw[0])
+        # The first prompt is the chosen one's; rejected prompts follow in their order.
+        for kind, saw in zip(new.selection.evidence, new.saw[1:]):
+            rejected_saw[kind].append(saw)
+    print(HEADINGS)
+    print_spread("best score of a chunk", best)
+    print_spread("critical chunks", critical)
+    print_share("evidence in the critical chunks", chosen_saw)
+    for kind, saw in rejected_saw.items():
+        print_share(f"evidence in {kind} chunks", saw)
 
 
 def print_memory() -> None:

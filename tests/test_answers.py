@@ -5,7 +5,7 @@ import pytest
 
 from configs import load_config
 from data import words_evaluator
-from pairs.answers import audit, fault_of_chosen, gives, is_right, keep_rejected, normalize
+from pairs.answers import audit, fault_of_chosen, gives, is_right, keep_rejected
 
 ROOT = Path(__file__).parent.parent
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from pairs import convert, corpus
 from configs import BadInput, load_config
+from pairs import convert, corpus
 
 ROOT = Path(__file__).parent.parent
 

@@ -300,7 +300,9 @@ def test_a_written_question_about_nothing_is_dropped(tmp_path, server):
 
 
 def test_what_keeps_failing_is_asked_for_again_by_the_next_build(tmp_path, server, capsys):
-    asks = lambda number, body: (400, '{"error": "too long"}') if body["seed"] // 64 % 3 == 0 else None
+    def asks(number, body):
+        return (400, '{"error": "too long"}') if body["seed"] // 64 % 3 == 0 else None
+
     _, undisturbed = remote(tmp_path / "good.jsonl", server, examples=40)
     server.fault = asks
     failed, found = remote(tmp_path / "p.jsonl", server, examples=40)
