@@ -5,7 +5,6 @@ Wanted are relative distances that are spread uniformly, and as many positions a
 Where positions are themselves spread evenly, all pairs have .25 to uniform: near pairs outnumber
 far ones.
 """
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -92,6 +91,7 @@ def coverage(cfg: dict, lengths: list[int], tail: int) -> dict[str, Counts]:
     window = cfg["window"]
     found = {}
     for kind in KINDS:
+        # Many samples, since one visits a small part of the window.
         total = Counts(*np.zeros((3, window)))
         for sample in range(SAMPLES):
             positions = place(cfg, kind, lengths, tail, sample)
@@ -126,8 +126,7 @@ def picture(path: str, cfg: dict, lengths: list[int], tail: int, found: dict[str
     first_row = axes[0, 0].get_gridspec()[0, :]
     for axis in axes[0]:
         axis.remove()
-    colours = plt.get_cmap("tab20").colors
-    draw_sample(figure.add_subplot(first_row), cfg, lengths, tail, colours)
+    draw_sample(figure.add_subplot(first_row), cfg, lengths, tail)
 
     for (kind, counts), (left, right) in zip(found.items(), axes[1:]):
         draw_histogram(left, counts.held, "tab:blue")
@@ -136,11 +135,12 @@ def picture(path: str, cfg: dict, lengths: list[int], tail: int, found: dict[str
         left.set_ylabel(kind, rotation=0, ha="right", va="center")
     axes[1, 0].set_title(f"positions, {SAMPLES} samples (grey: uniform)")
     axes[1, 1].set_title("distances: any two tokens (orange), from the answer (green)")
+
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
-def draw_sample(axis, cfg: dict, lengths: list[int], tail: int, colours: Sequence) -> None:
+def draw_sample(axis, cfg: dict, lengths: list[int], tail: int) -> None:
     """Lines from where tokens stand in the text to their positions, a colour a chunk."""
     # Of a mix, the kind that most samples have.
     kind = "continuous" if cfg["positions"] == "mix" else cfg["positions"]
@@ -150,8 +150,8 @@ def draw_sample(axis, cfg: dict, lengths: list[int], tail: int, colours: Sequenc
     stretch = window / len(positions)
     start = 0
     for c, length in enumerate([*lengths, tail]):
-        # The tail, which is no chunk, is black.
-        colour = "black" if c == len(lengths) else colours[c % 20]
+        # "C0" to "C9" are matplotlib's own colours. The tail, which is no chunk, is black.
+        colour = "black" if c == len(lengths) else f"C{c % 10}"
         # Some 24 lines a chunk: more would be a solid block.
         step = max(1, length // 24)
         for token in range(start, start + length, step):

@@ -162,8 +162,8 @@ def test_the_plans_table_is_what_the_command_prints(tmp_path):
 
 
 @pytest.mark.parametrize("column, shape", [
-    (1, ([16] * 6, 8, 1024, 0.1, 4)),          # a pair of configs/tiny.py
-    (4, ([512] * 16, 512, 65536, 0.1, 2)),     # a prompt of the paper, 64K
+    (1, ({"window": 1024, "sparse_share": 0.1, "draws": 4}, [16] * 6, 8)),          # a pair of configs/tiny.py
+    (4, ({"window": 65536, "sparse_share": 0.1, "draws": 2}, [512] * 16, 512)),     # a prompt of the paper, 64K
 ])
 def test_the_positions_table_is_what_the_code_gives(column, shape):
     cover = importlib.import_module("pairs.coverage")
