@@ -18,9 +18,10 @@ import pytest
 from checkpoint import load_pretrained
 from configs import BadInput, default_groups, load_config, run_file
 from data import encode_group, load_pairs, read_header, words_evaluator
+from generate import generate
 from pairs.answers import is_right, normalize
-from pairs.build import build_pairs, draft, question_in
-from pairs.policy import by_length
+from pairs.build import Writer, build_pairs, draft, question_in
+from pairs.policy import Local, Request, by_length
 from tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -149,6 +150,33 @@ def test_evidence_in_a_rejected_prompt_is_seen():
     for picked, saw in zip(new.selection.rejected, new.saw[1:]):
         assert saw == (7 in picked)
     assert set(new.saw[1:]) == {True, False}
+
+
+def test_the_audit_follows_the_candidates_that_were_kept(tokenizer):
+    """The first candidate is empty, the third equal to the chosen: names and evidence are of the second and the fourth."""
+    cfg = config("candidates=4")
+    new = draft(cfg, tokenizer, words_evaluator, 0, {"document": 0, "question": "Where does Rosa paint?", "answers": ["Naples"],
+                                                     "context": [" Rosa paints in Naples."] + [" Fog drifts in Paris."] * 20})
+    new.row["chosen"] = " In Naples."
+    new.saw = [True, "first", "second", "third", "fourth"]
+    Writer(cfg, tokenizer, words_evaluator, None).choose_rejected(new, [" ", " In Rome.", " in Naples", " In Turin."])
+    assert new.row["rejected"] == [" In Rome.", " In Turin."]
+    assert new.row["audit"]["evidence"] == [new.selection.evidence[1], new.selection.evidence[3]]
+    assert new.selection.evidence[1] != new.selection.evidence[0]
+    assert new.row["audit"]["rejected_saw_evidence"] == ["second", "fourth"]
+
+
+def test_the_policys_answer_is_whole_or_none(tokenizer):
+    """Against generate itself: what it ended with a stop token, without that token; what was cut is no answer."""
+    model = load_pretrained(TINY)
+    tokens = tokenizer.encode(" Rosa paints in Naples.")
+    prefix, suffix, stops = tokenizer.chat("", "\nQuestion: Where does Rosa paint?\nAnswer:")
+    ids, = generate(model, [prefix + tokens + suffix], 16, stop_ids=stops)
+    assert ids[-1] in stops and len(ids) > 2
+    for most, expected in ((16, tokenizer.decode(ids[:-1])), (len(ids), tokenizer.decode(ids[:-1])), (len(ids) - 1, None)):
+        local = Local(config(f"max_new_tokens={most}", "temperature=0.0"), lambda: model, tokenizer)
+        local.begin_block(0)
+        assert local.answers([Request("", tokens, "\nQuestion: Where does Rosa paint?\nAnswer:", 0)]) == [expected]
 
 
 def test_prompts_of_similar_length_are_answered_together():
