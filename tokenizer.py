@@ -1,7 +1,7 @@
 """The tokenizer: text <-> token ids, and a chat turn around a document.
 
     tokenizer.model, lines "IQ== 0"       Llama 3               tiktoken
-    tokenizer.json, byte-level BPE        SmolLM2, Llama 3, ..  tiktoken
+    tokenizer.json, byte-level BPE        SmolLM2, Qwen, ...    tiktoken
     tokenizer.model, protobuf             Llama 2, Mistral      sentencepiece (optional package)
 
 Text never becomes a control token: a document that says "<|im_end|>" is a document about chat
@@ -10,6 +10,7 @@ formats. Control tokens come from the templates below, and BOS only from there: 
 import base64
 import hashlib
 import re
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -47,7 +48,10 @@ class Template(NamedTuple):
     default_system: str | None = None
 
 
+# What their own templates say where a conversation names no system.
 SMOLLM2 = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+QWEN2 = "You are a helpful assistant."
+QWEN25 = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
 CHATML = Template(
     marker="<|im_start|>",
     begin="",
@@ -64,6 +68,13 @@ TEMPLATES = {
         tail="{text}<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
         stops="<|eot_id|><|eom_id|><|end_of_text|>"),
     "smollm2": CHATML._replace(marker=SMOLLM2, default_system=SMOLLM2),
+    "qwen2.5": CHATML._replace(marker=QWEN25, default_system=QWEN25),
+    # A model that may think first. Here it does not: chosen and rejected answers are short, and
+    # thoughts would be most of what is scored. So its turn begins with an empty thought, as its own
+    # template writes at enable_thinking=False.
+    "qwen3": CHATML._replace(marker="enable_thinking",
+                             tail=CHATML.tail + "<think>\n\n</think>\n\n"),
+    "qwen2": CHATML._replace(marker=QWEN2 + "<|im_end|>", default_system=QWEN2),
     "chatml": CHATML,
     "llama2": Template(
         marker="<<SYS>>",
@@ -87,7 +98,9 @@ TEMPLATES = {
         tail="{text}",
         stops="<eos>"),
 }
-CONTROL = re.compile(r"(<\|\w+\|>|<bos>|<eos>)")
+# QwQ, Qwen3-Thinking; DeepSeek-R1's distillates. In Jinja's text a new line may be spelled \\n.
+ALWAYS_THINKS = re.compile(r"(?:<\|im_start\|>assistant(?:\n|\\n)|<｜Assistant｜>)<think>")
+CONTROL = re.compile(r"(<\|\w+\|>|</?think>|<bos>|<eos>)")
 
 
 # ------------------------------------------------------------------------- three kinds of file
@@ -119,6 +132,7 @@ def byte_alphabet() -> dict[str, int]:
 
 
 BYTES = byte_alphabet()
+NFC = {"type": "NFC"}  # Qwen's normalizer: Unicode's composed form, e and an accent as one character
 
 
 def read_byte_level(path: Path) -> Vocabulary:
@@ -129,15 +143,16 @@ def read_byte_level(path: Path) -> Vocabulary:
     for key in ("byte_fallback", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(key):
             unusual[key] = model[key]
-    if model.get("type") != "BPE" or unusual or spec.get("normalizer"):
-        raise BadInput(f"{path}: expected byte-level BPE without normalizer, "
-                       f"found {model.get('type')} {unusual}, normalizer {spec.get('normalizer')}")
+    normalizer = spec.get("normalizer")
+    if model.get("type") != "BPE" or unusual or normalizer not in (None, NFC):
+        raise BadInput(f"{path}: expected byte-level BPE without normalizer, or with NFC, "
+                       f"found {model.get('type')} {unusual}, normalizer {normalizer}")
     special = {}
     for token in spec.get("added_tokens") or []:  # also those with "special": false
         special[token["content"]] = checked_id(token["id"], token["content"], path)
     vocab = read_vocab(model["vocab"], special, path)
     bpe = ByteLevel(vocab, read_merges(model["merges"], path), split_patterns(spec, path),
-                    bool(model.get("ignore_merges")))
+                    bool(model.get("ignore_merges")), nfc=normalizer == NFC)
     return Vocabulary(bpe.encode, bpe.decode, special, 1 + max(vocab.values()), {})
 
 
@@ -226,7 +241,8 @@ class ByteLevel:
     """
 
     def __init__(self, vocab: dict[bytes, int], merges: list[bytes], patterns: list[str],
-                 ignore_merges: bool):
+                 ignore_merges: bool, nfc: bool = False):
+        self.nfc = nfc
         self.words = {i: word for word, i in vocab.items()}
         bytes_first = [bytes([byte]) for byte in range(256)]
         ranks = {}
@@ -252,6 +268,10 @@ class ByteLevel:
                                      special_tokens={})
 
     def encode(self, text: str) -> list[int]:
+        if self.nfc:
+            # By Python's tables, as in Qwen's own code. The tokenizers package has those of Unicode
+            # 9: there a hundred marks, of scripts that are younger, stay in the order they come in.
+            text = unicodedata.normalize("NFC", text)
         pieces = [text]
         for stage in self.stages:
             smaller = []
@@ -355,6 +375,8 @@ def check_settings(found: dict[str, Any], path: Path) -> None:
 def end_of(which: str, settings: dict[str, Any], special: dict[str, int]) -> int | None:
     """The id of "bos" or "eos": by name where one is given, else by id; of several the first."""
     name = settings.get(f"{which}_token")
+    if which == "bos" and name is None and "bos_token" in settings:
+        return None  # Qwen: config.json has an id for it, and yet no text begins with it
     if isinstance(name, dict):
         name = name["content"]
     if name in special:
@@ -371,6 +393,9 @@ def find_template(folder: Path, settings: dict[str, Any], special: dict[str, int
         with reading(jinja):
             clues.append(jinja.read_text("utf-8"))
     text = "\n".join(clues)
+    if ALWAYS_THINKS.search(text):
+        raise BadInput(f"{folder}: its chat template opens every answer with <think>, expected a "
+                       f"model that can answer at once (or template= one of {', '.join(TEMPLATES)})")
     return next(name for name, template in TEMPLATES.items() if template.marker in text)
 
 

