@@ -132,7 +132,7 @@ def byte_alphabet() -> dict[str, int]:
 
 
 BYTES = byte_alphabet()
-NFC = {"type": "NFC"}  # Qwen's normalizer: Unicode's composed form, e and an accent as one character
+NFC = {"type": "NFC"}  # Qwen's normalizer: Unicode's composed form, e with its accent one character
 
 
 def read_byte_level(path: Path) -> Vocabulary:
@@ -395,7 +395,7 @@ def find_template(folder: Path, settings: dict[str, Any], special: dict[str, int
     text = "\n".join(clues)
     if ALWAYS_THINKS.search(text):
         raise BadInput(f"{folder}: its chat template opens every answer with <think>, expected a "
-                       f"model that can answer at once (or template= one of {', '.join(TEMPLATES)})")
+                       "model that can answer at once (or, at your own risk, template=chatml)")
     return next(name for name, template in TEMPLATES.items() if template.marker in text)
 
 

@@ -45,8 +45,8 @@ def make_texts(n=1500):
 TEXTS = make_texts()
 
 
-# Qwen composes marks (NFC). Each text here is another one afterwards, or has marks to put in order.
-NFC_TEXTS = ["e\u0301", "A\u030a", "\u212b", "\u2126", "\u0958", "q\u0307\u0323", "\u1e9b\u0323", "\u1112\u1161\u11ab",
+# Qwen composes marks (NFC): to be composed, put in order, taken apart (U+0958), or left alone (U+0915 U+093C).
+NFC_TEXTS = ["e\u0301", "A\u030a", "\u212b", "\u2126", "\u0958", "q\u0307\u0323", "\u1e9b\u0307\u0323", "\u1112\u1161\u11ab",
              "\u0915\u093c", "\uf900", "a\u0301\u0323 b", "\u0340", "\U0001d15e", "o\u0302\u0301", "\u0301e\u0301", " \u0301",
              "x\u0345\u0301", "\u0b47\u0b57", "na\u0308ive cafe\u0301", "\u2000\u2001x"]
 
@@ -179,10 +179,10 @@ def qwen(request, tmp_path_factory):
     from transformers import Qwen2Tokenizer
     vocab, merges = published_words() if request.param == "published" else trained_words()
     folder = tmp_path_factory.mktemp(request.param)
-    ends = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "bos_token": None}
-    theirs = Qwen2Tokenizer(vocab=vocab, merges=merges, **ends)
+    theirs = Qwen2Tokenizer(vocab=vocab, merges=merges)
     # As published, the last twelve are not "special": even split_special_tokens takes them for control tokens.
     theirs.add_tokens([AddedToken(name, special=True) for name in QWEN_SPECIAL])
+    theirs.eos_token = "<|im_end|>"
     theirs.save_pretrained(folder)
     first = len(vocab)
     config = {"model_type": "qwen2", "bos_token_id": first, "eos_token_id": first + 2}  # as published: it names a BOS
@@ -191,6 +191,7 @@ def qwen(request, tmp_path_factory):
 
 
 def test_qwen_equals_transformers(qwen):
+    from tokenizers import normalizers
     ours, theirs, _ = qwen
     spec = json.loads((qwen[2] / "tokenizer.json").read_text("utf-8"))
     assert spec["normalizer"] == {"type": "NFC"}
@@ -198,11 +199,13 @@ def test_qwen_equals_transformers(qwen):
     def encode(text):
         return theirs.encode(text, split_special_tokens=True, add_special_tokens=False)
 
-    assert_same_tokens(ours, encode)
+    older = normalizers.NFC().normalize_str  # see the test of younger marks
+    same = [text for text in TEXTS if older(text) == unicodedata.normalize("NFC", text)]
+    assert len(same) > 1_000 and len(TEXTS) - len(same) < 100
     for text in NFC_TEXTS:
-        assert unicodedata.normalize("NFC", text) != text or "\u0301" in text
-        for around in (text, f"a {text}b", text * 3):
-            assert ours.encode(around) == encode(around), repr(around)
+        same += [text, f"a {text}b", text * 3]
+    for text in same:
+        assert ours.encode(text) == encode(text), repr(text[:200])
     assert ours.special == theirs.get_added_vocab() and ours.vocab_size == len(theirs)
     assert ours.bos_id is theirs.bos_token_id is None and ours.eos_id == theirs.eos_token_id == ours.special["<|im_end|>"]
     if len(theirs) > 100_000:  # the ids that config.json of Qwen2.5 and Qwen3 name
@@ -280,6 +283,7 @@ def templates_of_trl():
 
 
 @pytest.mark.parametrize("system", [None, "Be brief.\n"])
+@pytest.mark.parametrize("qwen", ["trained"], indirect=True)
 @pytest.mark.parametrize("published, name", [("qwen2_5", "qwen2.5"), ("qwen3", "qwen3"), ("qwen3_instruct_2507", "chatml"),
                                              ("qwen2_5_vl", "qwen2")])  # qwen2_5_vl: Qwen2's with room for pictures
 def test_qwen_turns_equal_chat_templates(qwen, tmp_path, published, name, system):
@@ -302,6 +306,7 @@ def test_qwen_turns_equal_chat_templates(qwen, tmp_path, published, name, system
     assert ids.count(ours.special["<think>"]) == (name == "qwen3")  # the one in the text is text
 
 
+@pytest.mark.parametrize("qwen", ["trained"], indirect=True)
 def test_qwen2s_template_by_hand(qwen, tmp_path):
     shutil.copytree(qwen[2], tmp_path / "model")
     settings = json.loads((tmp_path / "model" / "tokenizer_config.json").read_text())
@@ -312,6 +317,7 @@ def test_qwen2s_template_by_hand(qwen, tmp_path):
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nABC<|im_end|>\n<|im_start|>assistant\n")
 
 
+@pytest.mark.parametrize("qwen", ["trained"], indirect=True)
 @pytest.mark.parametrize("name, template", [
     ("QwQ, Qwen3-Thinking", r"{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n<think>\n' }}{%- endif %}"),
     ("deepseek_r1_distill", None)])
