@@ -1,7 +1,7 @@
 """generate.py against transformers, against recomputation without a cache, and against arithmetic by hand."""
 import pytest
 import torch
-from test_model import WINDOW, gaps, hf_model, reopen, rows
+from test_model import WINDOW, family_model, gaps, hf_model, reopen, rows
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -31,9 +31,10 @@ def hf_greedy(hf, prompts, n, stop_ids=()):
     return out
 
 
-@pytest.mark.parametrize("rope", ["default", "yarn", "llama3"])
-def test_greedy_generation_equals_transformers(tmp_path, rope):
-    hf = hf_model(rope)
+@pytest.mark.parametrize("family, rope", [("llama", "default"), ("llama", "yarn"), ("llama", "llama3"),
+                                          ("qwen2", "yarn"), ("qwen3", "default")])
+def test_greedy_generation_equals_transformers(tmp_path, family, rope):
+    hf = family_model(family, rope)
     hf.generation_config.eos_token_id = None
     ours = reopen(hf, tmp_path)
     free = generate(ours, PROMPTS, 24)

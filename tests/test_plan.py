@@ -73,6 +73,26 @@ def test_the_papers_group_costs_what_the_method_says():
     assert step_flops(model, shared.segments(), 0) == pytest.approx(6 * weights * 9728 + attention, rel=1e-4)
 
 
+@pytest.mark.parametrize("published, sizes", [
+    (7_615_616_512, dict(vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28,
+                         num_attention_heads=28, num_key_value_heads=4, head_dim=128, qkv_bias=True)),
+    (8_190_735_360, dict(vocab_size=151936, hidden_size=4096, intermediate_size=12288, num_hidden_layers=36,
+                         num_attention_heads=32, num_key_value_heads=8, head_dim=128, qk_norm=True)),
+], ids=["Qwen2.5-7B", "Qwen3-8B"])
+def test_qwen_has_as_many_parameters_as_published(published, sizes):
+    with torch.device("meta"):
+        model = Llama(LlamaConfig(**sizes, max_position_embeddings=32768))
+    assert count_parameters(model) == (published, 0)
+    full = peak_memory(model, CFG, 9728, 1536, 8, accumulating=True)
+    assert full["gradients"] * 8 == 4 * published
+    segments = Shape(8192, 512, 2, 8).segments()
+    vectors = sum(p.numel() for p in model.parameters() if p.ndim == 1)  # norms and biases: no work that counts
+    matrices = published - vectors - 2 * sizes["vocab_size"] * sizes["hidden_size"]
+    D, H, layers = sizes["head_dim"], sizes["num_attention_heads"], sizes["num_hidden_layers"]
+    pairs = 8192 * 8193 // 2 + 3 * (512 * 8192 + 512 * 513 // 2)
+    assert step_flops(model, segments, 0) == 6 * matrices * 9728 + 12 * layers * H * D * pairs
+
+
 def test_memory_of_llama3_8b_by_hand():
     with torch.device("meta"):
         model = Llama(LlamaConfig(**SHAPES["llama3_8b"]))

@@ -530,6 +530,69 @@ def test_weight_decay_shrinks_matrices_and_nothing_else(run, tmp_path):
         assert now[name].norm() < weight.norm() or not decays
 
 
+# ------------------------------------------------------------------------------------------------ Qwen
+
+def as_qwen(run, folder, family):
+    """Arguments of a run on the tiny model with Qwen2's biases or with Qwen3's norms on q and k, random ones."""
+    rng = torch.Generator().manual_seed(0)
+
+    def change(weights):
+        for layer in range(3):
+            attention = f"model.layers.{layer}.self_attn"
+            for name, size in (("q_proj", 128), ("k_proj", 64), ("v_proj", 64)) if family == "qwen2" else ():
+                weights[f"{attention}.{name}.bias"] = 0.1 * torch.randn(size, generator=rng)
+            for name in ("q_norm", "k_norm") if family == "qwen3" else ():
+                weights[f"{attention}.{name}.weight"] = 2 + 0.3 * torch.randn(32, generator=rng)
+
+    arguments = untied(run, folder, change)
+    path = folder / "model" / "config.json"
+    config = {**json.loads(path.read_text()), "model_type": family, "sliding_window": 64, "use_sliding_window": False,
+              "architectures": [f"{family.title()}ForCausalLM"]}
+    path.write_text(json.dumps(config))
+    return arguments
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_qwen_trains_alike_sharded_and_its_exports_open(run, tmp_path, family):
+    """LoRA on q and v; what train_also names also has the norms on q and k, and the biases are frozen."""
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    how = (*as_qwen(run, tmp_path, family), "lora_targets=q_proj,v_proj", "lr=0.01", *LORA)
+    folders = tmp_path / "one", tmp_path / "two"
+    for processes, folder in enumerate(folders, 1):
+        done = launch(*how, "micro_batch=2", f"out={folder}", processes=processes)
+        assert done.returncode == 0, done.stderr[-2000:]
+    assert len(set(losses(folders[0]))) == 6 and losses(folders[0]) == pytest.approx(losses(folders[1]), abs=2e-4)
+    base = load_file(tmp_path / "model" / "model.safetensors")
+    now = load_file(folders[1] / "hf" / "model.safetensors")
+    assert now.keys() == base.keys()
+    for name, weight in base.items():
+        moved = any(part in name for part in ("embed", "norm", "q_proj.weight", "v_proj.weight"))
+        assert torch.equal(now[name], weight) != moved, name
+
+    merged = transformers.AutoModelForCausalLM.from_pretrained(folders[1] / "hf")
+    assert type(merged).__name__ == f"{family.title()}ForCausalLM" and merged.config.sliding_window is None
+    config = transformers.AutoConfig.from_pretrained(folders[1] / "adapter")  # the longer window, the larger RoPE base
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", config=config)
+    theirs = peft.PeftModel.from_pretrained(theirs, folders[1] / "adapter")
+    tokens = torch.randint(0, 500, (2, 40), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits = load_pretrained(folders[1] / "hf").logits(tokens)
+        assert torch.allclose(merged(tokens).logits, logits, atol=2e-5)
+        assert torch.allclose(theirs(tokens).logits, logits, atol=2e-5)
+        assert (load_pretrained(tmp_path / "model").logits(tokens) - logits).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_qwens_biases_and_norms_do_not_decay(run, tmp_path, family):
+    done = launch(*as_qwen(run, tmp_path, family), "beta=0", "sft_weight=0", "weight_decay=10", "lora_r=0", "train_also=",
+                  processes=0)
+    assert done.returncode == 0, done.stderr
+    base, now = (load_file(folder / "model.safetensors") for folder in (tmp_path / "model", tmp_path / "run" / "hf"))
+    for name, weight in base.items():
+        decays = "proj.weight" in name or "lm_head" in name
+        assert torch.equal(weight, now[name]) != decays, name
+
+
 # -------------------------------------------------------------------------------------------- LoRA and its exports
 
 def test_lora_trains_what_it_says_and_keeps_moments_of_nothing_else(checkpointed):
