@@ -43,6 +43,7 @@ Tensors = dict[str, Tensor]
 Settings = dict[str, Any]  # what a JSON file holds
 
 SHARD_BYTES = 4 << 30  # of one file of an exported model
+DTYPES = ("auto", "float32", "bfloat16")  # of a command that reads a model
 FLOATS = ("F64", "F32", "F16", "BF16")  # what safetensors calls the dtypes that a weight may have
 PEFT = "base_model.model."  # what PEFT writes before each name
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, under torch's names
@@ -481,6 +482,17 @@ def dtype_of(folder: str) -> torch.dtype:
         raise BadInput(f"{folder}: {name} is missing")
     with open_safetensors(files[name]) as f:
         return f.get_tensor(name).dtype
+
+
+def dtype_named(name: str, folder: str, device: str) -> torch.dtype:
+    """What a command's dtype= means for a model folder; name: of DTYPES."""
+    if name != "auto":
+        return getattr(torch, name)
+    # A GPU has flash kernels for 16 bits only, and float32 would be twice the memory, for digits
+    # that the folder never had. A CPU is as fast in float32, and exact.
+    if device == "cpu":
+        return torch.float32
+    return dtype_of(folder)
 
 
 def start_lora(model: Llama, seed: int) -> None:

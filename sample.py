@@ -10,7 +10,7 @@ import sys
 
 import torch
 
-from checkpoint import load_pretrained
+from checkpoint import DTYPES, dtype_named, load_pretrained
 from configs import BadInput, exit_on_bad_input, refuse, with_arguments
 from generate import generate
 from tokenizer import Tokenizer, load_tokenizer
@@ -25,7 +25,7 @@ OPTIONS = dict(
     top_p=0.95,              # nucleus of the sampling
     seed=0,                  # of the sampling
     template="auto",         # chat template, as in configs/default.py
-    dtype="float32",         # or bfloat16
+    dtype="auto",            # auto: the folder's own on a GPU, float32 on a CPU; float32, bfloat16
     threads=0,               # CPU threads; 0: PyTorch's choice
 )
 SHOWN = 3                    # chunks
@@ -33,8 +33,8 @@ SHOWN = 3                    # chunks
 
 def check(options: dict) -> None:
     """Before the model is read. BadInput names the key."""
-    if options["dtype"] not in ("float32", "bfloat16"):
-        refuse("dtype", options["dtype"], "float32 or bfloat16")
+    if options["dtype"] not in DTYPES:
+        refuse("dtype", options["dtype"], f"one of {', '.join(DTYPES)}")
     # PyTorch's generators take no larger one.
     if options["seed"] >= 2 ** 63:
         refuse("seed", options["seed"], "less than 2 ** 63")
@@ -104,7 +104,7 @@ def main(argv: list[str]) -> None:
         torch.set_num_threads(options["threads"])
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = load_tokenizer(folder, options["template"])
-    model = load_pretrained(folder, getattr(torch, options["dtype"]), device)
+    model = load_pretrained(folder, dtype_named(options["dtype"], folder, device), device)
 
     tail = options["tail"].replace("{question}", question) if context else question
     prefix, suffix, stops = tokenizer.chat(options["head"], tail)

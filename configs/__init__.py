@@ -27,7 +27,7 @@ CHOICES = {
     "endpoint_api": ("chat", "completions"),
 }
 AT_LEAST_ONE = ("n_chunks", "chunk_size", "context_size", "n_rejected", "draws", "batch_size",
-                "micro_batch", "build_batch", "fresh_batch", "keep", "questions",
+                "micro_batch", "build_batch", "keep", "questions",
                 "endpoint_requests", "max_new_tokens", "steps", "log_interval", "window")
 AT_MOST = {
     "warmup": 1,

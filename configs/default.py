@@ -94,6 +94,9 @@ run = dict(
     offload_params=False,    # weights, gradients and moments live, and are updated, in host memory
     shard_size=0,            # processes that share a copy of the weights (8: by node); 0: all
 
+    # answers are generated in batches of so many tokens, not rows: no answer depends on the batch
+    batch_tokens=0,          # KV-cache slots of a batch; 0: half of a GPU's free memory
+
     # checkpoints, to resume a run
     save_interval=100,       # steps between checkpoints; 0: only when stopped by SIGTERM or SIGINT
     keep=2,                  # newest checkpoints to keep; the best by held-out loss stays as well
@@ -104,6 +107,5 @@ run = dict(
     eval_interval=100,       # steps between held-out evaluations; 0: only before and after
     fresh_sizes=[],          # context sizes at which fresh questions are asked, before and after
     fresh_questions=0,       # fresh questions at each of these sizes
-    fresh_batch=25,          # prompts generated together
     evals=[],                # evaluations of each checkpoint, as ["needle lengths=[512,1024]"]
 )

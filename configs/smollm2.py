@@ -22,5 +22,5 @@ config = dict(
     checkpointing=False,
     threads=1,                        # the same numbers on any machine
     held_out=8, eval_interval=0, log_interval=1, save_interval=8,
-    fresh_sizes=[8], fresh_questions=100, fresh_batch=10,
+    fresh_sizes=[8], fresh_questions=100,
 )

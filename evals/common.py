@@ -2,11 +2,11 @@
 import math
 import os
 from collections.abc import Callable
-from functools import cached_property, partial
+from functools import cached_property
 
 import torch
 
-from checkpoint import load_pretrained, read_config
+from checkpoint import DTYPES, dtype_named, load_pretrained, read_config
 from configs import BadInput, refuse, run_file
 from generate import generate
 from model import Llama
@@ -16,12 +16,12 @@ from tokenizer import load_tokenizer
 COMMON = dict(
     compare="",              # a second model folder, measured in the same way
     out="out/eval",          # folder of the results
-    dtype="float32",         # or bfloat16
+    dtype="auto",            # auto: the folder's own on a GPU, float32 on a CPU; float32, bfloat16
     threads=0,               # CPU threads; 0: PyTorch's choice
 )
 ASKING = dict(
     template="auto",         # chat template, as in configs/default.py
-    batch=8,                 # prompts generated together
+    batch_tokens=0,          # of a batch of answers, as in configs/default.py
     seed=0,                  # of the examples
 )
 
@@ -33,8 +33,8 @@ Look = Callable[[int, int, torch.Tensor], None]
 
 def check_options(options: dict, at_least_one: tuple[str, ...], lists: tuple[str, ...]) -> None:
     """What can be said of a command's options before a model is loaded. BadInput names the key."""
-    if options["dtype"] not in ("float32", "bfloat16"):
-        refuse("dtype", options["dtype"], "float32 or bfloat16")
+    if options["dtype"] not in DTYPES:
+        refuse("dtype", options["dtype"], f"one of {', '.join(DTYPES)}")
     # PyTorch's generators take no larger one.
     if options.get("seed", 0) >= 2 ** 63:
         refuse("seed", options["seed"], "less than 2 ** 63")
@@ -73,9 +73,9 @@ class Subject:
     def __init__(self, folder: str, options: dict):
         self.folder = folder
         self.name = os.path.basename(os.path.normpath(folder))
-        self.dtype = getattr(torch, options["dtype"])
-        self.batch = options.get("batch", 1)
+        self.batch_tokens = options.get("batch_tokens", 0)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.dtype = dtype_named(options["dtype"], folder, self.device)
         self.config = read_config(os.path.join(folder, "config.json"))
         self.tokenizer = load_tokenizer(folder, options.get("template", "auto"))
 
@@ -95,33 +95,21 @@ class Subject:
                 look: Look | None = None) -> list[str]:
         """Greedy answers, in the order of the prompts. shared: see generate."""
         stops = self.tokenizer.chat("", "")[2]
-        # Batches of similar lengths: a row of the cache is as long as its batch's longest.
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        answers = [""] * len(prompts)
-        for start in range(0, len(order), self.batch):
-            numbers = order[start:start + self.batch]
-            look_here = None
-            if look:
-                look_here = partial(look_in_batch, look, numbers)
-            found = generate(
-                self.model,
-                [prompts[i] for i in numbers],
-                max_new_tokens,
-                stop_ids=stops,
-                shared=[shared[i] for i in numbers],
-                look=look_here,
-            )
-            for i, ids in zip(numbers, found):
-                if ids[-1] in stops:
-                    ids = ids[:-1]
-                answers[i] = self.tokenizer.decode(ids)
+        found = generate(
+            self.model,
+            prompts,
+            max_new_tokens,
+            stop_ids=stops,
+            shared=shared,
+            look=look,
+            batch_tokens=self.batch_tokens,
+        )
+        answers = []
+        for ids in found:
+            if ids[-1] in stops:
+                ids = ids[:-1]
+            answers.append(self.tokenizer.decode(ids))
         return answers
-
-
-def look_in_batch(look: Look, numbers: list[int], row: int, token: int, tops: torch.Tensor
-                  ) -> None:
-    """Tell of a batch's row by its prompt's number."""
-    look(numbers[row], token, tops)
 
 
 def subjects_of(folder: str, options: dict) -> list[Subject]:

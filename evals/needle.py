@@ -57,7 +57,7 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 def check(options: dict) -> None:
-    check_options(options, ("batch", "samples", "max_new_tokens"), ("lengths",))
+    check_options(options, ("samples", "max_new_tokens"), ("lengths",))
     check_list("depths", options["depths"], lowest=0)
     if max(options["depths"]) > 100:
         refuse("depths", options["depths"], "per cent, at most 100")

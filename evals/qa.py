@@ -27,7 +27,7 @@ OPTIONS = dict(
 
 
 def check(options: dict) -> None:
-    check_options(options, ("batch", "questions", "max_new_tokens"), ("passages",))
+    check_options(options, ("questions", "max_new_tokens"), ("passages",))
     check_path(options, "examples")
     if "{question}" not in options["prompt_tail"]:
         raise BadInput("prompt_tail: expected a text with {question} in it")

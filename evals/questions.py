@@ -37,17 +37,16 @@ def count_right(model: Llama, tokenizer: Tokenizer, cfg: dict, size: int, rank: 
             ids += piece
         prompts.append(prefix + ids + suffix)
 
+    answers = generate(
+        model,
+        prompts,
+        cfg["max_new_tokens"],
+        stop_ids=stops,
+        batch_tokens=cfg["batch_tokens"],
+    )
     right = 0
-    batch = cfg["fresh_batch"]
-    for start in range(0, len(prompts), batch):
-        answers = generate(
-            model,
-            prompts[start:start + batch],
-            cfg["max_new_tokens"],
-            stop_ids=stops,
-        )
-        for ids, example in zip(answers, examples[start:]):
-            right += is_right(tokenizer.decode(ids), example["answers"])
+    for ids, example in zip(answers, examples):
+        right += is_right(tokenizer.decode(ids), example["answers"])
 
     # A process may have no example at all. It takes part in the sum all the same.
     counts = torch.tensor([right, len(examples)])

@@ -211,13 +211,17 @@ def answered(model: Llama, tokenizer: Tokenizer, cfg: dict,
         prefix, suffix, stops = prompt_around(cfg, tokenizer, example["question"])
         chunks = chunk(example["context"], tokenizer, cfg["chunk_size"])
         prompts.append(sum(chunks, prefix) + suffix)
-    for i in range(0, len(prompts), cfg["fresh_batch"]):
-        some = prompts[i:i + cfg["fresh_batch"]]
-        answers = generate(model, some, cfg["max_new_tokens"], stop_ids=stops)
-        for example, ids in zip(examples[i:], answers):
-            # An answer that never stopped keeps its last token.
-            said = ids[:-1] if ids[-1] in stops else ids
-            yield example, tokenizer.decode(said)
+    answers = generate(
+        model,
+        prompts,
+        cfg["max_new_tokens"],
+        stop_ids=stops,
+        batch_tokens=cfg["batch_tokens"],
+    )
+    for example, ids in zip(examples, answers):
+        # An answer that never stopped keeps its last token.
+        said = ids[:-1] if ids[-1] in stops else ids
+        yield example, tokenizer.decode(said)
 
 
 def invents(answer: str, context: str) -> bool:

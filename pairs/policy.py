@@ -16,7 +16,6 @@ from generate import generate
 from model import Llama
 from tokenizer import Tokenizer
 
-PADDING = 1024    # tokens by which prompts that are answered together may differ in length
 RETRIES = 5       # of a request that fails
 TIMEOUT = 300     # seconds to wait for an answer
 
@@ -56,26 +55,22 @@ class Local:
         for request in requests:
             prefix, suffix, stops = self.tokenizer.chat(request.head, request.tail)
             prompts.append(prefix + request.tokens + suffix)
-        texts = [None] * len(prompts)
-        for batch in by_length([len(prompt) for prompt in prompts]):
-            found = generate(self.policy(), [prompts[i] for i in batch], self.cfg["max_new_tokens"],
-                             self.cfg["temperature"], self.cfg["top_p"], stops, self.generator)
-            for i, ids in zip(batch, found):
-                # Cut by max_new_tokens, it is no answer: to train on it would teach to end like
-                # that.
-                if ids[-1] in stops:
-                    texts[i] = self.tokenizer.decode(ids[:-1])
+        found = generate(
+            self.policy(),
+            prompts,
+            self.cfg["max_new_tokens"],
+            self.cfg["temperature"],
+            self.cfg["top_p"],
+            stops,
+            self.generator,
+            batch_tokens=self.cfg["batch_tokens"],
+        )
+        texts = []
+        for ids in found:
+            # Cut by max_new_tokens, it is no answer: to train on it would teach to end like that.
+            ended = ids[-1] in stops
+            texts.append(self.tokenizer.decode(ids[:-1]) if ended else None)
         return texts
-
-
-def by_length(lengths: list[int]) -> list[list[int]]:
-    """Indices in batches of similar lengths: a KV cache is as wide as its longest row."""
-    batches = []
-    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if not batches or lengths[i] - lengths[batches[-1][0]] > PADDING:
-            batches.append([])
-        batches[-1].append(i)
-    return [sorted(batch) for batch in batches]
 
 
 # -------------------------------------------------------------------------------------- by a server

@@ -16,7 +16,9 @@ import numpy as np
 import pytest
 import torch
 
-from checkpoint import load_pretrained, save_pretrained
+import sample
+from bench.common import peak_bytes
+from checkpoint import dtype_named, load_pretrained, save_pretrained
 from configs import BadInput, run_file
 from data import encode_group
 from evals import needle, perplexity, pictures, preferences, qa
@@ -25,7 +27,7 @@ from evals.common import Subject, interval, texts, token_span
 from evals.heads import RetrievalScores
 from evals.perplexity import token_losses
 from generate import generate
-from model import HEAD_CHUNK, Llama
+from model import HEAD_CHUNK, Llama, LlamaConfig
 from tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -37,7 +39,7 @@ TEXT = "Über den Dächern 😀 liegt 東京の夜. Rosa paints in Naples. Ida n
 
 @pytest.fixture(scope="module")
 def tiny():
-    return Subject(TINY, {"dtype": "float32", "batch": 3})
+    return Subject(TINY, {"dtype": "float32", "batch_tokens": 384})
 
 
 @pytest.fixture(scope="module")
@@ -405,6 +407,52 @@ def test_key_tokens_of_another_tokenizer_are_those_of_the_same_characters(tiny, 
         perplexity.carry_over(is_key, ids, tiny, other_ids[:-1], other)
 
 
+@pytest.mark.parametrize("T", [1024, 4096])
+def test_perplexity_makes_logits_of_a_few_rows_at_a_time(T):
+    """Every byte: what HEAD_CHUNK rows of logits take, and not what the window's would."""
+    config = LlamaConfig(vocab_size=4096, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1,
+                         num_key_value_heads=1, head_dim=16, max_position_embeddings=T)
+    model = Llama(config)
+    taken = peak_bytes(lambda: token_losses(model, [5] * T, T, T // 2), "cpu")
+    chunk = 4 * HEAD_CHUNK * config.vocab_size
+    states = 4 * T * 16 * 12                                     # hidden states, heads and an MLP of the window
+    assert chunk < taken < 3 * chunk + states < 4 * T * config.vocab_size
+
+
+# ---------------------------------------------------------------------------------------------------------- dtypes
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_gpu_takes_the_dtype_that_the_folder_stores(tmp_path, stored):
+    """And a CPU float32. A dtype that is named is taken on both."""
+    save_pretrained(load_pretrained(TINY), str(tmp_path / "hf"), stored, TINY)
+    folder = str(tmp_path / "hf")
+    assert dtype_named("auto", folder, "cuda") == stored and dtype_named("auto", folder, "cpu") == torch.float32
+    for device in ("cuda", "cpu"):
+        assert dtype_named("float32", folder, device) == torch.float32 and dtype_named("bfloat16", folder, device) == torch.bfloat16
+
+
+@pytest.mark.parametrize("file", ["evals.common", "sample"])
+def test_commands_read_the_model_in_that_dtype(tmp_path, monkeypatch, file):
+    """With auto by default: on a GPU, bfloat16 from a folder of bfloat16."""
+    save_pretrained(load_pretrained(TINY), str(tmp_path / "hf"), torch.bfloat16, TINY)
+
+    class Read(Exception):
+        pass
+
+    def load(folder, dtype, device):
+        raise Read(dtype, device)
+
+    monkeypatch.setattr(f"{file}.load_pretrained", load)
+    for there, expected in ((True, (torch.bfloat16, "cuda")), (False, (torch.float32, "cpu"))):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        with pytest.raises(Read) as found:
+            if file == "sample":
+                sample.main([str(tmp_path / "hf"), "Who is Rosa?"])
+            else:
+                main(["needle", str(tmp_path / "hf"), "lengths=[64]", f"haystack={WORLD}", f"out={tmp_path}"])
+        assert found.value.args == expected
+
+
 def test_perplexity_command_without_key_tokens(tmp_path, capsys):
     main(["perplexity", TINY, f"text={WORLD}", "lengths=[64,128]", "stride=32", "truncated=64", "tokens=300", "documents=2", f"out={tmp_path}"])
     rows = table_of(tmp_path / "perplexity.json")
@@ -643,7 +691,7 @@ NEEDLE, QA, PPL = ["needle", TINY], ["qa", TINY, f"examples={WORLD}"], ["perplex
 
 
 @pytest.mark.parametrize("words, message", [
-    ([*NEEDLE, "batch=0"], "batch is 0"), ([*NEEDLE, "samples=0"], "samples is 0"), ([*NEEDLE, "lengths=[]"], r"lengths is \[\]"),
+    ([*NEEDLE, "batch_tokens=-1"], "batch_tokens is -1"), ([*NEEDLE, "samples=0"], "samples is 0"), ([*NEEDLE, "lengths=[]"], r"lengths is \[\]"),
     ([*NEEDLE, "lengths=[64,0]"], "lengths is"), ([*NEEDLE, "lengths=['a']"], "lengths is"), ([*NEEDLE, "depths=[50,101]"], "depths is"),
     ([*NEEDLE, "depths=[]"], "depths is"), ([*NEEDLE, "dtype=nn"], "dtype is 'nn'"), ([*NEEDLE, f"seed={10 ** 20}"], "seed is 1000"),
     ([*NEEDLE, "seed=10**20"], "seed is '10"), ([*NEEDLE, "tasks=many"], "expected some of single"), ([*NEEDLE, "max_new_tokens=0"], "max_new_tokens is 0"),

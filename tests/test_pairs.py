@@ -21,7 +21,7 @@ from data import encode_group, load_pairs, read_header, words_evaluator
 from generate import generate
 from pairs.answers import is_right, normalize
 from pairs.build import Writer, build_pairs, draft, question_in
-from pairs.policy import Local, Request, by_length
+from pairs.policy import Local, Request
 from tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -179,10 +179,11 @@ def test_the_policys_answer_is_whole_or_none(tokenizer):
         assert local.answers([Request("", tokens, "\nQuestion: Where does Rosa paint?\nAnswer:", 0)]) == [expected]
 
 
-def test_prompts_of_similar_length_are_answered_together():
-    lengths = [5000, 10, 1034, 1035, 4500, 20]
-    assert by_length(lengths) == [[1, 2, 5], [3], [0, 4]]
-    assert by_length([]) == []
+def test_the_batches_of_a_block_change_no_answer(tmp_path):
+    """Sampled answers: each row draws its own, whatever is generated beside it."""
+    whole = build(tmp_path / "whole.jsonl")
+    for budget in (1, 256, 1024):
+        assert build(tmp_path / f"{budget}.jsonl", f"batch_tokens={budget}") == whole
 
 
 @pytest.mark.parametrize("text, question", [
