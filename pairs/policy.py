@@ -79,7 +79,8 @@ class Endpoint:
     """Answers by an OpenAI-compatible server, through the `openai` client, one request after
     another.
 
-    endpoint_api=chat: the server's own chat template; completions: our token ids as they are.
+    endpoint_api=chat: the server's own chat template; completions: our token ids as they are. By
+    the first, a Qwen3 thinks before it answers; by the second it answers at once, as here.
     OPENAI_API_KEY is sent where it is set. model: the name that the server was asked for.
     """
 

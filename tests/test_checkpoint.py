@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_model import ROPES, edit_json, hf_model, rows
+from test_model import ROPES, edit_json, family_model, hf_model, rows
 
 import checkpoint
 from checkpoint import (
@@ -337,6 +337,17 @@ def test_whole_numbers_are_no_weights(tmp_path):
     refused(lambda: load_pretrained(tmp_path), "model.safetensors", "model.norm.weight", "I8")
 
 
+def test_a_model_that_came_from_no_folder_is_named_by_its_biases_and_norms(tmp_path):
+    for family in ("llama", "qwen2", "qwen3"):
+        family_model(family).save_pretrained(tmp_path / family)
+        config = read_config(tmp_path / family / "config.json")
+        config.raw = {}
+        written = config_json(config)
+        assert written["model_type"] == family and written["architectures"] == [f"{family.title()}ForCausalLM"]
+    config.qkv_bias = True
+    refused(lambda: config_json(config), "qkv_bias", "qk_norm")
+
+
 def both_dialects(folder):
     config = json.loads((folder / "config.json").read_text())
     rope = config["rope_parameters"]
@@ -352,16 +363,17 @@ def older_dialect(folder):
 @pytest.mark.parametrize("dialect", [lambda folder: None, older_dialect, both_dialects],
                          ids=["transformers 5", "transformers 4", "both"])
 @pytest.mark.parametrize("kind", ROPES)
-def test_transformers_reads_back_the_base_and_window_that_were_changed(tmp_path, kind, dialect):
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_transformers_reads_back_the_base_and_window_that_were_changed(tmp_path, family, kind, dialect):
     """Its own frequencies of what we wrote, against those of a config that was changed by hand in transformers."""
-    expected = hf_model(kind, max_position_embeddings=64)
+    expected = family_model(family, kind, max_position_embeddings=64)
     expected.save_pretrained(tmp_path / "in")
     dialect(tmp_path / "in")
     ours = load_pretrained(tmp_path / "in")
     ours.config.extend(4096, 500_000.0)
     save_pretrained(ours, tmp_path / "out")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert theirs.config.max_position_embeddings == 4096
+    assert theirs.config.max_position_embeddings == 4096 and type(theirs) is type(expected)
 
     config = copy.deepcopy(expected.config)
     config.rope_parameters = {**ROPES[kind], "rope_theta": 500_000.0}
