@@ -9,27 +9,46 @@ LONG_ANSWER = 10  # uncommon words from which on a right answer need not be repe
 CJK = re.compile(r"([\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff"
                  r"\uac00-\ud7af\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003134f])")
 THOUSANDS = re.compile(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?![\d,])")
+# A decimal number is one word: neither 3 nor 14 is what 3.14 says. A date (1.2.2034) is three.
+PUNCTUATION = re.compile(r"(?<![\w.])(\d+\.\d+)(?!\d|\.\d)|[^\w\s]|_")
+ARTICLES = ("a", "an", "the")
+LAST_WORD = (" a", " an", " the")
 
 
 # -------------------------------------------------------------------------------- comparing answers
 
-def normalize(text: str) -> str:
-    """Lower case, single spaces, no articles, no punctuation, 1,000 as 1000: what is compared."""
+def plain(text: str) -> str:
+    """Lower case, single spaces, no punctuation but the point of 3.14, 1,000 as 1000."""
     text = THOUSANDS.sub(lambda number: number.group().replace(",", ""), text.lower())
     # Chinese and Japanese have no spaces. With every character a word of its own, "words in a row"
     # means what "characters in a row" means there, and a number beside them still begins and ends
     # where it does.
     text = CJK.sub(r" \1 ", text)
-    text = re.sub(r"\b(a|an|the)\b|[^\w\s]|_", " ", text)
+    text = PUNCTUATION.sub(r" \1 ", text)
     return " ".join(text.split())
+
+
+def normalize(text: str) -> str:
+    """plain, without articles: what is compared."""
+    return " ".join(word for word in plain(text).split() if word not in ARTICLES)
 
 
 def is_right(text: str, answers: list[str]) -> bool:
     """Whether a generated text contains one of the right answers, as whole words in a row."""
-    # With spaces around, so that "Turin" is not found in "Turing".
-    text = f" {normalize(text)} "
+    with_articles = plain(text)
+    without = normalize(text)
     for answer in answers:
-        if f" {normalize(answer)} " in text:
+        said = without
+        wanted = normalize(answer)
+        # No article ends an answer: it is the A of vitamin A, which is not any vitamin.
+        if plain(answer).endswith(LAST_WORD):
+            said = with_articles
+            wanted = plain(answer)
+        # With spaces around, so that "Turin" is not found in "Turing".
+        if wanted and f" {wanted} " in f" {said} ":
+            return True
+        # A letter to choose by. Most sentences have that word: it is an answer where it is alone.
+        if not wanted and plain(answer) and plain(answer) == with_articles:
             return True
     return False
 

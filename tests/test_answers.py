@@ -39,6 +39,25 @@ def test_other_commas_part_numbers(text, answer):
     assert not is_right(text, [answer])
 
 
+@pytest.mark.parametrize("text, answer", [("It is 3.14.", "14"), ("some 3.5 million", "5 million"), ("13.14", "3.14"), ("It cost $2.50.", "50"), ("3.14", "3")])
+def test_a_part_of_a_number_is_another_number(text, answer):
+    assert not is_right(text, [answer])
+
+
+@pytest.mark.parametrize("text, answer", [
+    ("It is 3.14.", "3.14"), ("$1,000.50", "1000.50"), ("on 24.11.2026", "2026"), ("in 1990.", "1990"), ("v3.14", "v3.14"), ("在3.14年", "3.14")])
+def test_the_point_of_a_number_is_no_full_stop(text, answer):
+    assert is_right(text, [answer])
+
+
+@pytest.mark.parametrize("text, answer, right", [
+    ("It is vitamin C.", "vitamin A", False), ("Hepatitis A is an infection.", "Hepatitis A", True), ("Hepatitis B", "the Hepatitis A", False),
+    ("A", "A", True), ("(a)", "A", True), ("B", "A", False), ("", "A", False), ("The", "A", False), ("A cat.", "A", False), ("", "!", False), ("?", "!", False),
+    ("a cat", "the cat", True)])
+def test_an_article_at_the_end_is_a_name(text, answer, right):
+    assert is_right(text, [answer]) == right
+
+
 @pytest.mark.parametrize("rejected, reason", [
     ([" b", ""], "rejected empty"), ([" b", " B."], "rejected equals another answer"), ([" a.", " b"], "rejected equals another answer"),
     ([" b", None], "rejected unfinished"), ([" b", " Turin"], "rejected right"), ([" b", "", " c"], None)])
