@@ -144,13 +144,13 @@ def hide(facts: list[str], hay: list[str], size: int, depth: int, tokenizer,
     # What is hidden counts: a context of 512 tokens has 512 with its needles.
     left = size
     for fact in facts:
-        left -= len(tokenizer.encode(" " + fact))
+        left -= tokens_in_text(fact, tokenizer)
     # Sentences that follow each other, from a random one on: text as it is, and another each time.
     sentences = []
     at = rng.randrange(len(hay))
     while left > 0:
         sentence = hay[at % len(hay)]
-        left -= len(tokenizer.encode(" " + sentence))
+        left -= tokens_in_text(sentence, tokenizer)
         sentences.append(sentence)
         at += 1
 
@@ -164,6 +164,14 @@ def hide(facts: list[str], hay: list[str], size: int, depth: int, tokenizer,
         insert_from_the_end(sentences, places, facts[:0:-1])
         sentences.insert(round(depth / 100 * len(sentences)), facts[0])
     return " ".join(sentences)
+
+
+def tokens_in_text(sentence: str, tokenizer) -> int:
+    """Tokens of a sentence and the space before it, where another one precedes it."""
+    # Not those of " " + sentence: SentencePiece would begin that with one more word mark, which for
+    # short sentences makes contexts a sixth shorter than their table says.
+    twice = tokenizer.encode(f"{sentence} {sentence}")
+    return len(twice) - len(tokenizer.encode(sentence))
 
 
 def insert_from_the_end(sentences: list[str], places: list[int], facts: list[str]) -> None:

@@ -1,8 +1,9 @@
 """Questions over passages: right answers and F1, by number of passages and the gold one's place."""
+import re
+import string
 from collections import Counter
 
 from configs import BadInput
-from data import random_stream
 from evals.common import (
     ASKING,
     COMMON,
@@ -12,15 +13,15 @@ from evals.common import (
     print_row,
     share,
 )
-from pairs.answers import is_right, normalize
-from pairs.corpus import Corpus, Examples
+from pairs.answers import CJK, is_right
+from pairs.corpus import Corpus, Examples, by_document
 
 OPTIONS = dict(
     **COMMON,
     **ASKING,
     examples="",             # a corpus with questions and answers, see pairs/corpus.py
     passages=[1, 4, 8, 16],  # around a question, where the corpus is passages
-    questions=100,           # the last of the shuffled corpus: pairs are built from its head
+    questions=100,           # the last, documents shuffled by seed as for pairs, from its head
     prompt_tail="Answer this question in a few words: {question}?",
     max_new_tokens=64,       # of an answer
 )
@@ -33,10 +34,20 @@ def check(options: dict) -> None:
         raise BadInput("prompt_tail: expected a text with {question} in it")
 
 
+def squad_words(text: str) -> list[str]:
+    """The words by SQuAD's script: lower case, no ASCII punctuation ("U.S." is us), no articles."""
+    text = "".join(letter for letter in text.lower() if letter not in string.punctuation)
+    text = re.sub(r"\b(a|an|the)\b", " ", text)
+    # Its one addition here: without spaces between them, a whole sentence would be one word.
+    return CJK.sub(r" \1 ", text).split()
+
+
 def token_f1(prediction: str, answer: str) -> float:
     """SQuAD's F1: harmonic mean of precision and recall of the words, as multisets."""
-    found = normalize(prediction).split()
-    wanted = normalize(answer).split()
+    found = squad_words(prediction)
+    wanted = squad_words(answer)
+    if not found or not wanted:
+        return float(found == wanted)
     same = sum((Counter(found) & Counter(wanted)).values())
     if not same:
         return 0.0
@@ -47,35 +58,36 @@ def measure(subjects: list[Subject], options: dict) -> dict:
     """{"table": rows {"model", "passages", "right", "f1", "n", "by_place"}}.
 
     right: share of the answers that contain a reference answer. by_place: [right, asked] where the
-    gold passage lay in the first, middle and last third. passages and by_place are None where the
-    corpus brings its own contexts.
+    gold passage lay in the first, middle and last third. passages and by_place are None in
+    the row of questions that bring their own contexts.
     """
     path = options["examples"]
     corpus = Corpus(path, {"strict": True, "questions": 1})
-    order = random_stream("order of questions", options["seed"]).permutation(len(corpus))
-    order = order[-options["questions"]:]
-    rows = []
-    own_contexts = True
+    # In the order by which pairs are built: another shuffle would ask about documents trained on.
+    order = by_document(corpus, options["seed"])[-options["questions"]:]
+    own_contexts = []
+    with_passages = []
     for i in order:
         row = corpus[i]
         if not row.get("question") or not row.get("answers"):
             raise BadInput(f"{path}: example {i} has no question or no answers, expected both")
-        if "context" not in row:
-            own_contexts = False
-        rows.append(row)
+        if "context" in row:
+            own_contexts.append(row)
+        else:
+            with_passages.append(i)
 
     table = []
     for subject in subjects:
         if own_contexts:
-            table.append(measure_row(subject, rows, None, None, options))
-            continue
-        for passages in options["passages"]:
+            table.append(measure_row(subject, own_contexts, None, None, options))
+        for passages in options["passages"] if with_passages else []:
             # The other documents' passages are the distractors.
-            size = min(passages, len({row["document"] for row in rows}))
-            examples = list(Examples(corpus, order, size, options["seed"]))
+            documents = {corpus.document_of[i] for i in with_passages}
+            size = min(passages, len(documents))
+            examples = list(Examples(corpus, with_passages, size, options["seed"]))
             places = []
-            for row, example in zip(rows, examples):
-                places.append(example["context"].index(row["passage"]))
+            for i, example in zip(with_passages, examples):
+                places.append(example["context"].index(corpus[i]["passage"]))
             table.append(measure_row(subject, examples, places, size, options))
     return {"table": table}
 

@@ -4,7 +4,7 @@ import time
 import torch
 import torch.distributed as dist
 
-from configs import BadInput, load_config
+from configs import BadInput, check_settings, load_config
 from data import chunk, prompt_around
 from generate import generate
 from model import Llama
@@ -60,7 +60,11 @@ def questions(folder: str, argv: list[str]) -> None:
     """The command: argv is a training config and its key=value words."""
     # The trainer imports this file for count_right alone.
     from evals.common import Subject, print_row, share
+    if not argv or "=" in argv[0]:
+        # No config of our choice stands in: its questions would be asked about another world.
+        raise BadInput("expected: python -m evals questions MODEL CONFIG [key=value]")
     cfg = load_config(argv)
+    check_settings(cfg)
     if not cfg["fresh_sizes"] or not cfg["fresh_questions"]:
         raise BadInput("fresh_sizes and fresh_questions are empty: nothing to ask")
     if cfg["threads"]:

@@ -5,7 +5,9 @@ import json
 import math
 import os
 import random
+import re
 import shutil
+import string
 import subprocess
 import sys
 from collections import Counter
@@ -19,7 +21,7 @@ import torch
 import sample
 from bench.common import peak_bytes
 from checkpoint import dtype_named, load_pretrained, save_pretrained
-from configs import BadInput, run_file
+from configs import BadInput, load_config, run_file
 from data import encode_group
 from evals import needle, perplexity, pictures, preferences, qa
 from evals.__main__ import main, read_command
@@ -28,6 +30,7 @@ from evals.heads import RetrievalScores
 from evals.perplexity import token_losses
 from generate import generate
 from model import HEAD_CHUNK, Llama, LlamaConfig
+from pairs.corpus import read_examples
 from tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -243,6 +246,15 @@ def test_needles_lie_where_the_depth_says(tiny, task):
         if task != "variables":
             assert abs(context.index(facts[0]) / (len(context) - len(facts[0])) - depth / 100) < 0.03
         assert len(facts) == (1 if task == "single" else 4)
+
+
+@pytest.mark.parametrize("size", [64, 512, 2048])
+def test_a_context_has_the_tokens_that_its_length_says(tiny, pieces, size):
+    """Of SentencePiece too: by the sentence, each would count one word mark more than it has in a text."""
+    longest = max(len(load_tokenizer(pieces).encode(sentence)) for sentence in needle.NOISE)
+    for tokenizer in (tiny.tokenizer, load_tokenizer(pieces)):
+        context = needle.hide(["Rosa paints in Naples."], needle.NOISE, size, 50, tokenizer, random.Random(1))
+        assert size <= len(tokenizer.encode(context)) <= size + longest
 
 
 def test_a_variable_is_assigned_before_it_is_used(tiny):
@@ -477,6 +489,53 @@ def test_token_f1_is_two_precision_recall_over_their_sum():
         precision, recall = same / 4, same / 3
         expected = 2 * precision * recall / (precision + recall) if same else 0
         assert qa.token_f1(" ".join(found), " ".join(wanted)) == pytest.approx(expected)
+
+
+def squad_v2(a_gold, a_pred):
+    """F1 of SQuAD's script, evaluate-v2.0.py."""
+    def normalize_answer(s):
+        s = "".join(ch for ch in s.lower() if ch not in set(string.punctuation))
+        return " ".join(re.sub(re.compile(r"\b(a|an|the)\b", re.UNICODE), " ", s).split())
+
+    gold_toks, pred_toks = normalize_answer(a_gold).split(), normalize_answer(a_pred).split()
+    num_same = sum((Counter(gold_toks) & Counter(pred_toks)).values())
+    if len(gold_toks) == 0 or len(pred_toks) == 0:
+        return int(gold_toks == pred_toks)
+    if num_same == 0:
+        return 0
+    precision, recall = num_same / len(pred_toks), num_same / len(gold_toks)
+    return 2 * precision * recall / (precision + recall)
+
+
+@pytest.mark.parametrize("gold, said", [
+    ("US", "the U.S."), ("USA", "U.S.A."), ("don't know", "dont know"), ("a well-known man", "The wellknown man."), ("3.14", "314"), ("O'Brien", "OBrien"),
+    ("1,000 men", "1000 men"), ("", ""), ("A", "the"), ("A", "B"), ("snake_case", "snakecase"), ("Hepatitis A", "hepatitis b"), ("in the Alps", "“the” Alps—a")])
+def test_token_f1_is_squads(gold, said):
+    assert qa.token_f1(said, gold) == pytest.approx(squad_v2(gold, said))
+
+
+def test_token_f1_of_text_without_spaces_counts_characters():
+    assert qa.token_f1("在北京", "北京") == pytest.approx(2 * 2 / (3 + 2))
+
+
+def test_qa_asks_about_no_document_that_pairs_are_built_from(tmp_path, monkeypatch):
+    """300 documents of three questions each: the last questions of the order whose head is trained on."""
+    rows = [{"context": f"Text {d}.", "question": f"Question {q} about {d}?", "answers": ["x"]} for q in range(3) for d in range(300)]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    trained = {e["document"] for e in read_examples(load_config([str(ROOT / "configs" / "tiny.py"), f"examples={tmp_path / 'q.jsonl'}", "n_examples=780"]), "train")}
+    asked = []
+    monkeypatch.setattr(qa, "measure_row", lambda subject, examples, *rest: asked.extend(example["document"] for example in examples))
+    qa.measure([None], {**qa.OPTIONS, "examples": str(tmp_path / "q.jsonl"), "questions": 120})
+    assert len(asked) == 120 and not set(asked) & trained
+
+
+def test_qa_command_on_contexts_and_passages_together(tmp_path):
+    rows = [{"question": f"Who is {i}?", "answers": ["Rosa"], "text": f"Rosa paints {i}."} for i in range(5)]
+    rows.append({"context": " Rosa paints in Naples.", "question": "Who is Rosa?", "answers": ["Rosa paints in Naples."]})
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    main(["qa", TINY, f"examples={tmp_path / 'q.jsonl'}", "passages=[1,2]", TAIL, f"out={tmp_path}"])
+    table = table_of(tmp_path / "qa.json")
+    assert [(r["passages"], r["n"]) for r in table] == [(None, 1), (1, 5), (2, 5)] and table[0]["right"] == 1
 
 
 def test_qa_command_on_passages(tmp_path, tiny):
@@ -734,7 +793,8 @@ def test_what_is_not_asked_for_is_not_imported(imported, absent):
 
 @pytest.mark.parametrize("args, message", [
     ([], "expected: python -m evals"), (["nonsense", TINY], "expected: python -m evals"), (["needle", "none"], "none"),
-    (["questions", TINY, "configs/tiny.py", "fresh_questions=0"], "nothing to ask")])
+    (["questions", TINY, "configs/tiny.py", "fresh_questions=0"], "nothing to ask"),
+    (["questions", TINY, "fresh_sizes=[104]"], "MODEL CONFIG"), (["questions", TINY, "configs/tiny.py", "fresh_batch=0"], "fresh_batch is 0")])
 def test_bad_input_ends_with_one_line(args, message):
     done = subprocess.run([sys.executable, "-m", "evals", *args], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.startswith("error: ") and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
