@@ -4,16 +4,22 @@ Arithmetic only.
     python -m bench plan CONFIG gpus=8 gpu=A800 [key=value]      hours and what fits
 
 The work of a step is counted as model FLOPs utilisation wants it (PaLM, arXiv 2204.02311, App. B):
-what forward and backward need, without what checkpointing computes again. Memory is the expected
-peak of one process:
+what forward and backward need, without what checkpointing computes again. Memory is that of one
+process at the worst moment of a step:
 
-    weights, gradients, moments    of its share; float32 what trains, the run's dtype what is frozen
-    gathered                       embeddings, head and two blocks, whole, in the run's dtype
-    activations                    with checkpointing a block's input (T, C), else all of autograd's
-    working                        the more of one block's intermediates and one chunk of logits
+    weights, moments    of its share; float32 what trains, the run's dtype what is frozen
+    gathered            embeddings, head and two blocks, whole, in the run's dtype
+    unreduced           whole gradients, on their way to the processes that keep a share of them
+    gradients           of its share, float32; with LoRA, whole while micro-batches are summed up
+    activations         with checkpointing a block's input (T, C), else all of autograd's
+    working             what one block's backward, or one chunk of logits, needs at once
+    flash backward      what flash attention's kernel allocates for itself
 
-Left out: the allocator's gaps, NCCL's buffers, the CUDA context (about 1 GiB together).
+Left out: the allocator's gaps, NCCL's buffers, the CUDA context (about 1 GiB together), and, with
+offload_params, a block's share on its way. All but flash's own has been held against PyTorch's FSDP
+memory tracker (tests/dry_run.py): the plan is above it, by less than a fifth.
 """
+import math
 import os
 from collections.abc import Callable
 from typing import NamedTuple
@@ -98,47 +104,162 @@ def peak_flops(device: torch.device) -> float | None:
 
 # ------------------------------------------------------------------------------------------- memory
 
-def block_activations(model: Llama, tokens: int, size: int) -> tuple[int, int]:
-    """Bytes that autograd keeps of one block's forward, and that its backward holds beside them.
+class Load(NamedTuple):
+    """What one micro-batch asks of a block."""
+    tokens: int
+    size: int           # bytes of a number
+    keys: int = 0       # rows of keys that a varlen kernel is given; 0: no such kernel
+    sequences: int = 0  # of that kernel
+
+
+def load_of(cfg: dict, tokens: int, scored: int, naive: bool) -> Load:
+    """The load of a packed batch. The kernel wants a prompt's keys once more for each answer."""
+    size = getattr(torch, cfg["dtype"]).itemsize
+    answers = cfg["n_rejected"] + 1
+    if cfg["dtype"] == "float32":
+        return Load(tokens, size)  # a CPU's
+    if naive:
+        return Load(tokens, size, tokens, cfg["micro_batch"] * answers)
+    keys = tokens + answers * (tokens - scored)
+    return Load(tokens, size, keys, cfg["micro_batch"] * (answers + 1))
+
+
+def block_activations(model: Llama, load: Load) -> tuple[int, int]:
+    """Bytes that autograd keeps of one block's forward, and how many of them are the MLP's.
 
     Kept of a token: the inputs of the norms and of the matrices that train, q, k, v, the
-    attention's output (twice: as it was computed and in the stream's order), gate, up. size: bytes
-    of a number.
+    attention's output (twice: as it was computed and in the stream's order), gate, up. A varlen
+    kernel keeps the keys that it was given instead of k and v, and its output is in order.
     """
     config = model.config
     C, D = config.hidden_size, config.head_dim
     H, K = config.num_attention_heads, config.num_key_value_heads
-    wide = config.intermediate_size
     mlp_trains = any(p.requires_grad for p in model.model.layers[0].mlp.parameters())
-    # A frozen matrix keeps no input for a gradient: norm output and product of the MLP go then.
-    kept_of_norms = (3 + mlp_trains) * C
-    kept_of_heads = (3 * H + 2 * K) * D
+    heads = (3 * H + 2 * K) * D * load.tokens
+    if load.keys:
+        heads = 2 * H * D * load.tokens + 2 * K * D * load.keys
     if config.qk_norm:
-        kept_of_heads += (H + K) * D  # q and k as they were before their norms
-    kept_of_mlp = (2 + mlp_trains) * wide
-    kept = kept_of_norms + kept_of_heads + kept_of_mlp
-    beside = 2 * C + 3 * wide
-    return tokens * size * kept, tokens * size * beside
+        heads += (H + K) * D * load.tokens  # q and k as they were before their norms
+    # A frozen matrix keeps no input for a gradient: norm output and product of the MLP go then.
+    of_mlp = mlp_trains * C + (2 + mlp_trains) * config.intermediate_size
+    kept = 3 * C * load.tokens + heads + of_mlp * load.tokens
+    return load.size * kept, load.size * of_mlp * load.tokens
 
 
-def block_memory(model: Llama, cfg: dict, tokens: int, scored: int, naive: bool
-                 ) -> tuple[int, int]:
-    """Bytes of each block that wait for its backward, and bytes that one block's backward needs."""
-    size = getattr(torch, cfg["dtype"]).itemsize
-    on_gpu = cfg["dtype"] != "float32"
-    kept, beside = block_activations(model, tokens, size)
-    if on_gpu and not naive:
-        # Flash attention wants a prompt's keys and values once more for each answer to it: this is
-        # what grows with M.
-        rows = tokens + (cfg["n_rejected"] + 1) * (tokens - scored)
-        keys = rows * 2 * model.config.num_key_value_heads * model.config.head_dim * size
-        kept += keys
-        beside += keys
-    if not cfg["checkpointing"]:
-        return kept, beside
-    # With checkpointing a block leaves its input, or nothing, and its forward is made again.
-    of_block = 0 if cfg["offload_activations"] else tokens * model.config.hidden_size * size
-    return of_block, kept + beside
+def block_backward(model: Llama, load: Load) -> list[tuple[int, int]]:
+    """Bytes beside what is kept, and flash attention's own, in both halves of a block's backward:
+    the MLP's, then attention's.
+    """
+    config = model.config
+    C, D = config.hidden_size, config.head_dim
+    H, K = config.num_attention_heads, config.num_key_value_heads
+    _, of_mlp = block_activations(model, load)
+    mlp_trains = any(p.requires_grad for p in model.model.layers[0].mlp.parameters())
+    # SiLU's output; the gradients of the product, of SiLU's output, of up. By then a product that
+    # was kept has gone. And the gradients of the block's output and of the norm's.
+    mlp = (2 * C + (4 - mlp_trains) * config.intermediate_size) * load.tokens
+    # Gradients of the block's output, of the norm's, of attention's, of q, k, v, and of the keys
+    # and values that the kernel was given. What was kept for the MLP has gone.
+    attention = (2 * C + (2 * H + 2 * K) * D) * load.tokens + 2 * K * D * load.keys
+    flash = flash_backward(config, load)
+    return [(load.size * mlp, 0), (load.size * attention - of_mlp, flash)]
+
+
+def flash_backward(config: LlamaConfig, load: Load) -> int:
+    """Bytes that flash attention's backward allocates for itself, where Python sees nothing.
+
+    After mha_varlen_bwd in flash-attention 2's csrc/flash_attn/flash_api.cpp. PyTorch has a copy.
+    """
+    if not load.keys:
+        return 0
+    H, D = config.num_attention_heads, config.head_dim
+    # Kernels are made for head dims in steps of 32, above 128 in steps of 64.
+    step = 32 if D <= 128 else 64
+    rounded = math.ceil(D / step) * step
+    # dq is summed up in float32, with 128 rows between sequences: a block may write beyond its
+    # own. Of the same rows, one number a head: the sum of output times its gradient.
+    rows = load.tokens + 128 * load.sequences
+    own = 4 * rows * H * (rounded + 1)
+    if config.num_key_value_heads < H:
+        # Under GQA dk and dv are made for all query heads, and then summed over those that share a
+        # key. Over keys that stand there once for each answer, this is what grows with M.
+        own += load.size * 2 * load.keys * H * D
+    return own
+
+
+class Parameters(NamedTuple):
+    """Numbers of parameters: of the root (embeddings, norm, head), of its head, of a block."""
+    trained: int
+    frozen: int
+    root: int
+    root_trained: int
+    head_trained: int
+    block: int
+    block_trained: int
+
+
+def parameters_of(model: Llama) -> Parameters:
+    trained, frozen = count_parameters(model)
+    blocks = len(model.model.layers)
+    block_trained, block_frozen = count_parameters(model.model.layers[0])
+    block = block_trained + block_frozen
+    head_trained, _ = count_parameters(model.lm_head)
+    return Parameters(trained, frozen, trained + frozen - blocks * block,
+                      trained - blocks * block_trained, head_trained, block, block_trained)
+
+
+class Moment(NamedTuple):
+    """Bytes of one process that come and go within a step."""
+    gathered: float = 0
+    unreduced: float = 0
+    gradients: float = 0
+    activations: float = 0
+    working: float = 0
+    flash_backward: float = 0
+
+
+def moments_of_a_step(model: Llama, cfg: dict, load: Load, rows: int, shards: int,
+                      accumulating: bool) -> list[Moment]:
+    """The moments of a step that can be its worst. rows: whose logits exist at the same time."""
+    size = load.size
+    n = parameters_of(model)
+    blocks = len(model.model.layers)
+    reduced = 0 if cfg["offload_params"] else 4 * n.trained / shards
+    of_blocks = reduced * (n.trained - n.root_trained) / n.trained
+    held = 0  # of earlier micro-batches
+    if accumulating:
+        # train_step reduces LoRA's gradients once a step: until then each process has them all.
+        held = 4 * n.trained if cfg["lora_r"] else reduced
+    stream = load.tokens * model.config.hidden_size * size
+
+    kept, _ = block_activations(model, load)
+    made_again = 0
+    if cfg["checkpointing"]:
+        # A block leaves its input, or nothing, and its forward is made again.
+        made_again = kept
+        kept = 0 if cfg["offload_activations"] else stream
+    # Of a logit: as it comes, its gradient, and in float32 a copy, the softmax and the gradient.
+    logits = rows * model.config.vocab_size * (2 * size + 12)
+
+    # The head is first in backward: its gradient as it is summed up, and the next chunk's.
+    found = [Moment(size * (n.root + n.block), 2 * size * n.head_trained, held,
+                    blocks * kept, logits + 4 * stream)]
+    # Then the blocks, and the next one's weights are on their way. Activations go as gradients
+    # come, so the first to have its turn is compared, and the last. A block's gradient is reduced
+    # in float32 while the next one's is made.
+    weights = size * (n.root + 2 * n.block)
+    unreduced = size * n.head_trained + (size + 4) * n.block_trained
+    for working, flash in block_backward(model, load):
+        working += made_again
+        found.append(Moment(weights, unreduced, held, blocks * kept, working, flash))
+        found.append(Moment(weights, unreduced, max(held, of_blocks), kept, working, flash))
+    # Last the embeddings; then the root lets go of its weights, and its gradients are reduced.
+    found.append(Moment(size * n.root, size * n.root_trained, max(held, of_blocks),
+                        working=2 * stream))
+    found.append(Moment(0, (size + 4 + 4 / shards) * n.root_trained, max(held, of_blocks)))
+    # A CPU's AdamW, which is not fused, makes copies as large as the gradients.
+    found.append(Moment(gradients=reduced, working=0 if load.keys else reduced))
+    return found
 
 
 def peak_memory(
@@ -156,61 +277,45 @@ def peak_memory(
     accumulating: gradients of earlier micro-batches are held. naive: tokens are M + 1 full rows,
     all of them scored at once.
     """
-    size = getattr(torch, cfg["dtype"]).itemsize
-    on_gpu = cfg["dtype"] != "float32"
+    load = load_of(cfg, tokens, scored, naive)
+    rows = scored if naive else min(scored, HEAD_CHUNK)
+    found = moments_of_a_step(model, cfg, load, rows, shards, accumulating)
+    worst = max(found, key=sum)
     trained, frozen = count_parameters(model)
     share = 0 if cfg["offload_params"] else 1 / shards
-    blocks = len(model.model.layers)
-    block = list(model.model.layers[0].parameters())
-    block_size = sum(p.numel() for p in block)
-    root_size = trained + frozen - blocks * block_size
-    root_trained = trained - blocks * sum(p.numel() for p in block if p.requires_grad)
-
-    of_block, working = block_memory(model, cfg, tokens, scored, naive)
-    # Of a logit: as it comes, its gradient, and in float32 a copy, the softmax and the gradient.
-    rows = scored if naive else min(scored, HEAD_CHUNK)
-    logits = rows * model.config.vocab_size * (2 * size + 12)
-
-    # Activations go as gradients come, so there are three moments to compare.
-    gradients = share * 4 * trained
-    backward_starts = {
-        "gradients": gradients if accumulating else share * 4 * root_trained,
-        "activations": blocks * of_block,
-        "working": max(working, logits),
-    }
-    backward_ends = {"gradients": gradients, "activations": of_block, "working": working}
-    # A CPU's AdamW, which is not fused, makes copies as large as the gradients.
-    update = {"gradients": gradients, "activations": 0, "working": 0 if on_gpu else gradients}
-    worst = max(backward_starts, backward_ends, update, key=lambda moment: sum(moment.values()))
     memory = {
-        "weights": share * (4 * trained + size * frozen),
+        "weights": share * (4 * trained + load.size * frozen),
         "moments": share * 8 * trained,
-        "gathered": size * (root_size + 2 * block_size) + (size + 4) * root_trained,
-        **worst,
+        **worst._asdict(),
     }
     return {**memory, "total": sum(memory.values())}
 
 
-def describe(trained: int, frozen: int, tokens: int, memory: dict[str, float]) -> str:
-    """The estimate as two lines."""
+def spelled_out(memory: dict[str, float], unit: float) -> str:
+    """The items of peak_memory as a sum."""
     items = []
     for name, value in memory.items():
         if name != "total":
-            items.append(f"{name} {value / 2**30:.2f}")
+            items.append(f"{name.replace('_', ' ')} {value / unit:.2f}")
+    return " + ".join(items)
+
+
+def describe(trained: int, frozen: int, tokens: int, memory: dict[str, float]) -> str:
+    """The estimate as two lines."""
     return (f"trains {trained:,} of {trained + frozen:,} parameters; "
             f"{tokens:,} tokens in the first step\n"
             f"expected peak memory of a process: {memory['total'] / 2**30:.2f} GiB = "
-            f"{' + '.join(items)}")
+            f"{spelled_out(memory, 2**30)}")
 
 
 # -------------------------------------------------------------------------------- the plan of a run
 
 class Shape(NamedTuple):
-    """One group in one layout, and how many processes share the weights."""
+    """One group in one layout, on so many GPUs."""
     prompt: int
     answer: int
     M: int
-    shards: int
+    gpus: int
     naive: bool = False  # M + 1 full rows instead of the prompt once
 
     def segments(self) -> list[Segment]:
@@ -261,12 +366,14 @@ def planned_model(cfg: dict, shape: str) -> Llama:
 
 
 def plan_of(model: Llama, cfg: dict, shape: Shape) -> tuple[int, int, dict[str, float]]:
-    """(tokens, FLOPs, {item: bytes}) of one group."""
+    """(tokens, FLOPs) of one group, and {item: bytes} of a micro-batch of such groups."""
     segments = shape.segments()
     tokens = segments[-1].end
-    accumulating = cfg["batch_size"] > shape.shards * cfg["micro_batch"]
-    memory = peak_memory(model, {**cfg, "n_rejected": shape.M}, tokens, shape.scored(),
-                         shape.shards, accumulating, shape.naive)
+    shards = min(cfg["shard_size"] or shape.gpus, shape.gpus)
+    accumulating = cfg["batch_size"] > shape.gpus * cfg["micro_batch"]
+    groups = cfg["micro_batch"]
+    memory = peak_memory(model, {**cfg, "n_rejected": shape.M}, groups * tokens,
+                         groups * shape.scored(), shards, accumulating, shape.naive)
     return tokens, step_flops(model, segments, shape.scored()), memory
 
 
@@ -308,8 +415,8 @@ def run(options: dict, config: list[str]) -> list[dict]:
           f"checkpointing {cfg['checkpointing']}")
     table = []
     for naive in (False, True):
-        for shards in sorted({1, options["gpus"]}):
-            shape = Shape(prompt, options["answer"], M, shards, naive)
+        for gpus in sorted({1, options["gpus"]}):
+            shape = Shape(prompt, options["answer"], M, gpus, naive)
             table.append(plan_row(model, cfg, shape, options))
     return table
 
@@ -318,7 +425,7 @@ def plan_row(model: Llama, cfg: dict, shape: Shape, options: dict) -> dict:
     """One layout on so many GPUs, printed."""
     tokens, flops, memory = plan_of(model, cfg, shape)
     layout = "M + 1 rows" if shape.naive else "shared prompt"
-    peak = shape.shards * flops_by_name(options["gpu"])
+    peak = shape.gpus * flops_by_name(options["gpu"])
     work = options["samples"] * flops
     hours = {}
     spelled = []
@@ -326,11 +433,10 @@ def plan_row(model: Llama, cfg: dict, shape: Shape, options: dict) -> dict:
         took = work / (peak * utilisation) / 3600
         hours[str(utilisation)] = took
         spelled.append(f"{took:.1f} h at {utilisation:.0%}")
-    print(f"\n{layout}, {shape.shards} x {options['gpu']}: "
+    print(f"\n{layout}, {shape.gpus} x {options['gpu']}: "
           f"{tokens:,} tokens and {flops / 1e15:.3f} PFLOP a sample; "
           f"{options['samples']:,} samples: {', '.join(spelled)}")
-    items = [f"{name} {value / 1e9:.1f}" for name, value in memory.items() if name != "total"]
-    print(f"  GB a GPU: {' + '.join(items)} = {memory['total'] / 1e9:.1f}")
+    print(f"  GB a GPU: {spelled_out(memory, 1e9)} = {memory['total'] / 1e9:.1f}")
     fitting = {}
     for size in options["memory"]:
         room = (size - options["reserved"]) * 1e9
@@ -341,7 +447,7 @@ def plan_row(model: Llama, cfg: dict, shape: Shape, options: dict) -> dict:
         fitting[size] = found
     return {
         "layout": layout,
-        "gpus": shape.shards,
+        "gpus": shape.gpus,
         "tokens": tokens,
         "flops": flops,
         "memory": memory,

@@ -298,6 +298,7 @@ def expected_peak(model: Llama, s: dict) -> int:
         "offload_params": False,
         "offload_activations": False,
         "n_rejected": s["M"],
+        "micro_batch": 1,
     }
     memory = peak_memory(model, cfg, tokens, scored, shards=1)
     return memory["total"] - memory["gathered"]

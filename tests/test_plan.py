@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench.plan import (
     DATASHEET,
     SHAPES,
+    Load,
     Shape,
     block_activations,
     peak_flops,
@@ -26,7 +27,7 @@ from model import (
 )
 
 CFG = {"dtype": "bfloat16", "checkpointing": True, "offload_activations": False, "offload_params": False,
-       "n_rejected": 2}
+       "n_rejected": 2, "micro_batch": 1, "lora_r": 0}
 
 
 def model_of(tmp_path, lora, family="llama"):
@@ -129,7 +130,7 @@ def test_a_blocks_activations_are_what_autograd_keeps(tmp_path, family, lora):
     with torch.autograd.graph.saved_tensors_hooks(pack_hook, lambda t: t):
         out = block(x, cos, sin, SegmentAttention([Segment(0, T)], "cpu"))
     measured = sum(size for pointer, size in kept.items() if pointer not in weights)
-    predicted = block_activations(model, T, 4)[0]
+    predicted = block_activations(model, Load(T, 4))[0]
     assert out.shape == x.shape and measured == pytest.approx(predicted, rel=0.15 if lora else 0.01), (measured, predicted)
 
 
