@@ -12,6 +12,7 @@ import json
 import os
 import re
 import sys
+import zlib
 from typing import NamedTuple
 
 from configs import BadInput
@@ -144,6 +145,18 @@ def convert(argv: list[str]) -> int:
     form, path, out = argv
     if os.path.exists(out):
         raise BadInput(f"{out}: is already there, expected a name for a new file")
+    try:
+        written = write_rows(form, path, out)
+    except BadInput:
+        raise
+    except (OSError, EOFError, zlib.error, ValueError, RecursionError) as e:
+        raise BadInput(f"{path}: cannot be converted into {out} ({e})") from e
+    print(f"{out}: {written} rows")
+    return 0
+
+
+def write_rows(form: str, path: str, out: str) -> int:
+    """Convert what `path` names into one file; how many rows that made."""
     written = 0
     # Under another name until it is whole, so that half a corpus never looks like one.
     with open(out + ".tmp", "w", encoding="utf-8") as f:
@@ -160,8 +173,7 @@ def convert(argv: list[str]) -> int:
                     f.write(json.dumps(row) + "\n")
                 written += len(rows)
     os.replace(out + ".tmp", out)
-    print(f"{out}: {written} rows")
-    return 0
+    return written
 
 
 def converted(form: str, name: str, raw: bytes) -> list[dict]:

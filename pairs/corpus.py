@@ -274,8 +274,9 @@ class Examples(Sequence):
             if corpus.is_passage[i]:
                 self.passages.setdefault(corpus.document_of[i], i)
         if 0 < len(self.passages) < size:
-            raise BadInput(f"context_size is {size} passages, the corpus has {len(self.passages)}: "
-                           "lower context_size")
+            raise BadInput(f"a context of {size} passages needs as many documents, these "
+                           f"{len(order)} examples have {len(self.passages)}: lower its size "
+                           "(context_size, fresh_sizes) or take more examples")
 
     def __len__(self) -> int:
         return len(self.order)

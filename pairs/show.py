@@ -2,7 +2,7 @@
 import re
 import sys
 
-from configs import BadInput
+from configs import BadInput, reading
 from data import Evaluator, load_evaluator, read_header
 from pairs.answers import normalize
 from pairs.stats import read_pairs
@@ -30,7 +30,8 @@ def show(argv: list[str]) -> int:
         if key not in settings:
             raise BadInput(f"{path}, line 1: no {key!r} among its settings, expected {needed}")
     tokenizer = load_tokenizer(settings["model"], settings["template"])
-    print_pair(found[0], tokenizer, load_evaluator(settings))
+    with reading(path):
+        print_pair(found[0], tokenizer, load_evaluator(settings))
     return 0
 
 

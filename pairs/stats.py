@@ -7,7 +7,7 @@ from collections import Counter
 
 import numpy as np
 
-from configs import BadInput, check_settings, load_config
+from configs import BadInput, check_settings, load_config, reading
 from data import IRRELEVANT, NEAR, PARTIAL, check_fit, load_evaluator, read_lines
 from pairs.build import Draft, drafts, missing_blocks
 from pairs.corpus import read_examples
@@ -95,8 +95,10 @@ def stats(argv: list[str]) -> int:
     if not pairs:
         return 0
     print(HEADINGS)
-    print_pairs(pairs)
-    print_audits([row["audit"] for row in pairs if "audit" in row])
+    # A file of somebody else, or of an earlier version, may have other things under these names.
+    with reading(path):
+        print_pairs(pairs)
+        print_audits([row["audit"] for row in pairs if "audit" in row])
     if cfg is None:
         print(f"  positions: python -m pairs stats {path} CONFIG, the config that trains on them")
         return 0

@@ -132,6 +132,18 @@ def test_rows_that_cannot_be_converted_are_named_and_left_out(tmp_path, capsys, 
         convert.convert([form, str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl")])
 
 
+@pytest.mark.parametrize("name, content", [
+    ("a.jsonl.gz", b"not gzip"), ("a.jsonl.gz", gzip.compress(b'{"prompt": "long enough to be cut"}' * 9)[:40]), ("a.json", b'[{"prompt": "P"}')])
+def test_a_file_that_breaks_off_is_not_converted(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(BadInput, match=f"{name}: cannot be converted into .*out.jsonl"):
+        convert.convert(["trl", str(tmp_path / name), str(tmp_path / "out.jsonl")])
+    assert not (tmp_path / "out.jsonl").exists()
+    (tmp_path / "b.jsonl").write_text('{"prompt": "P", "chosen": "C", "rejected": "R"}')
+    with pytest.raises(BadInput, match="b.jsonl: cannot be converted into .*nowhere/out.jsonl"):
+        convert.convert(["trl", str(tmp_path / "b.jsonl"), str(tmp_path / "nowhere" / "out.jsonl")])
+
+
 # -------------------------------------------------------------------------------------------------------- files
 
 ROWS = [{"context": f"Context {i}.", "question": f"Q{i}?", "answers": [f"A{i}"]} for i in range(9)]
@@ -207,8 +219,10 @@ def test_an_empty_folder_and_too_few_passages_are_refused(tmp_path):
     with pytest.raises(BadInput, match="no file in it ends with"):
         read(tmp_path)
     path = lines(tmp_path / "p.jsonl", [{"question": f"Q{i}?", "text": f"P{i}"} for i in range(3)])
-    with pytest.raises(BadInput, match="context_size is 4 passages, the corpus has 3"):
+    with pytest.raises(BadInput, match="a context of 4 passages needs as many documents, these 3 examples have 3: lower its size .context_size"):
         read(path, "context_size=4")
+    with pytest.raises(BadInput, match="of 3 passages needs .* these 2 examples have 2: .* or take more examples"):
+        read(path, "context_size=3", "n_examples=2")
 
 
 def test_fresh_questions_are_never_training_questions(tmp_path):

@@ -157,6 +157,19 @@ def test_a_file_that_has_no_pairs_of_ours_is_one_line(tmp_path):
         show([str(tmp_path / "p.jsonl"), "0"])
 
 
+@pytest.mark.parametrize("change", [{"scores": []}, {"scores": None}, {"chosen": None}, {"rejected": [None]}, {"chunks": 5}, {"audit": {"right": []}}, {"audit": None}])
+def test_a_pair_of_another_shape_is_one_line(tmp_path, change):
+    path = tmp_path / "p.jsonl"
+    settings = {"model": TINY, "template": "auto", "evaluator": "words", "spacy_model": ""}
+    path.write_text("".join(json.dumps(line) + "\n" for line in ({"settings": settings}, row(2), row(3, **change))))
+    for command in (stats, lambda argv: show([*argv, "3"])):
+        if command is not stats and change == {"audit": None}:
+            continue                                              # ready pairs have none
+        with pytest.raises(BadInput, match="p.jsonl: not as expected") as error:
+            command([str(path)])
+        assert "\n" not in str(error.value)
+
+
 def test_help_has_the_commands_and_the_forms():
     done = subprocess.run([sys.executable, "-m", "pairs", "stats", "-h"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0
