@@ -46,7 +46,7 @@ from data import Batch
 from model import Llama, LlamaConfig, step_flops
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-PATIENCE = timedelta(hours=24)  # rank 0 builds pairs, or evaluates, for hours while others wait
+PATIENCE = timedelta(hours=24)  # rank 0 evaluates a checkpoint for hours while the others wait
 FAULTY_STEPS = 3  # in a row: then it is not a pair that is at fault
 
 

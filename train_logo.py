@@ -168,9 +168,7 @@ else:
         before["right_answers_rope_theta"] = right_answers(policy, "before, rope_theta only")
         rope["rope_theta"] = own_theta
     lap("questions_before")
-    if rank == 0:
-        build_pairs(cfg, policy, tokenizer)
-    dist.barrier()
+    build_pairs(cfg, policy, tokenizer, rank, world)
     lap("pairs")
 policy.cache_clear()  # the memory is wanted for training
 

@@ -82,7 +82,7 @@ train = dict(
 )
 run = dict(
     threads=0,               # CPU threads of a process; 0: its share of the cores
-    workers=0,               # processes that read, chunk and score; 0: one a core
+    workers=0,               # processes of a machine that read, chunk and score; 0: one a core
     endpoint_requests=16,    # requests to a server at a time
     strict=False,            # end at the first row that cannot be used, instead of leaving it out
 

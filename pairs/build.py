@@ -4,16 +4,18 @@
     example -> chunks, scores, selection        draft: in worker processes, a few blocks ahead
       -> question, chosen, M rejected           Writer: from the policy here, or from a server
       -> audit                                  what can be checked of a pair without a judge
+      -> a file of pairs.jsonl.parts/           a block's lines, until its turn comes
       -> a line of pairs.jsonl                  in the examples' order; a pair, or {"id", "dropped"}
 
 Nothing is lost or repeated: an interrupted build goes on at the first example without a line. With
 the policy here, the file is a function of config and seed, however often it was interrupted and
-however many workers there are.
+however many processes (parts.py) and workers there are.
 """
 import json
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import threading
 import time
@@ -22,10 +24,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
+from checkpoint import all_gather
 from configs import BadInput, check_settings, default_groups, pairs_path
 from data import (
     Evaluator,
@@ -44,6 +48,7 @@ from data import (
 from model import Llama
 from pairs.answers import audit, fault_of_chosen, is_right, keep_rejected
 from pairs.corpus import read_examples
+from pairs.parts import Merge, part_of, parts_of, pause, write_part
 from pairs.policy import Endpoint, Failure, Local, Request
 from tokenizer import Tokenizer
 
@@ -321,11 +326,15 @@ def draft_block(ids: Iterable[int]) -> list[Draft]:
 
 
 def drafts(cfg: dict, tokenizer: Tokenizer, evaluator: Evaluator, examples: Sequence[dict],
-           blocks: list[Iterable[int]]) -> Iterator[list[Draft]]:
-    """Drafts of blocks of examples, in order, from worker processes a few blocks ahead."""
+           blocks: list[Iterable[int]], neighbours: int) -> Iterator[list[Draft]]:
+    """Drafts of blocks of examples, in order, from worker processes a few blocks ahead.
+
+    neighbours: processes of this machine that draft, each with its share of the workers.
+    """
     draft_block.given = (cfg, tokenizer, evaluator, examples)
     # More processes than blocks would only be started and stopped.
-    workers = min(cfg["workers"] or os.cpu_count() or 1, len(blocks))
+    share = (cfg["workers"] or os.cpu_count() or 1) // neighbours
+    workers = min(share, len(blocks))
     if workers < 2:
         yield from map(draft_block, blocks)
         return
@@ -338,7 +347,7 @@ def drafts(cfg: dict, tokenizer: Tokenizer, evaluator: Evaluator, examples: Sequ
     except BrokenProcessPool as e:
         raise BadInput("a worker process was killed, as the kernel does when memory runs out: the "
                        "same command goes on, and needs less memory with "
-                       f"workers={workers // 2}") from e
+                       f"workers={workers * neighbours // 2}") from e
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 
@@ -431,13 +440,10 @@ def missing_blocks(cfg: dict, n: int, done: set[int]) -> list[Sequence[int]]:
     return blocks
 
 
-def finished(writer: Writer, drafted: Iterator[list[Draft]]) -> Iterator[list[Draft]]:
-    """Blocks of drafts, taken to their ends in order."""
-    if isinstance(writer.source, Local):
-        yield from map(writer.finish, drafted)
-        return
-    # A server likes many requests at once: each thread takes one example through its answers. More
-    # are drafted ahead, so that a slow example at the head of the order keeps nobody waiting.
+def answered(writer: Writer, drafted: Iterator[list[Draft]]) -> Iterator[list[Draft]]:
+    """Blocks of one draft each, answered by a server, in order."""
+    # It likes many requests at once: each thread takes one example through its answers. More are
+    # drafted ahead, so that a slow example at the head of the order keeps nobody waiting.
     at_once = writer.cfg["endpoint_requests"]
     singles = ([new] for block in drafted for new in block)
     pool = ThreadPoolExecutor(at_once)
@@ -447,53 +453,142 @@ def finished(writer: Writer, drafted: Iterator[list[Draft]]) -> Iterator[list[Dr
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def build_pairs(cfg: dict, policy: Callable[[], Llama], tokenizer: Tokenizer) -> int:
-    """Append a line for each example to the pairs' file: a pair, or {"id", "dropped": reason}.
+# ------------------------------------------------------------------------------------------ a build
 
-    policy: opens the model; it is not called where no pair is missing or an endpoint answers.
-    Returns how many examples have no line because requests failed; the same call asks for them
-    again.
-    """
-    check_settings(cfg)
-    check_fit(cfg, tokenizer)
+class Work(NamedTuple):
+    """What process 0 finds to be done."""
+    examples: Sequence[dict]
+    done: set[int]                     # examples that have a line
+    missing: list[Sequence[int]]       # blocks that are not wholly in the file
+    unwritten: list[Sequence[int]]     # those of them that are not in a part's file either
+    server: Endpoint | None
+
+
+def begin(cfg: dict, tokenizer: Tokenizer) -> Work:
+    """Read the corpus; begin the file, or see that the one there is of these settings."""
     path = pairs_path(cfg)
+    folder = parts_of(path)
     examples = read_examples(cfg, "train")
-    evaluator = load_evaluator(cfg)
     built, done = read_built(path)
-    blocks = missing_blocks(cfg, len(examples), done)
+    missing = missing_blocks(cfg, len(examples), done)
 
-    source = None
+    server = None
     endpoint_model = cfg["endpoint_model"]
-    if blocks and cfg["endpoint"]:
-        source = Endpoint(cfg, tokenizer)
-        endpoint_model = source.model
-    elif blocks:
-        source = Local(cfg, policy, tokenizer)
+    if missing and cfg["endpoint"]:
+        server = Endpoint(cfg, tokenizer)
+        endpoint_model = server.model
     elif built and cfg["endpoint"] and not endpoint_model:
         # Nothing will be asked of the server. It may be gone by now, to make room for the training.
         endpoint_model = built.get("endpoint_model")
     settings = header(cfg, tokenizer, endpoint_model)
     if built is None:
         start_file(path, settings)
+        # Of a file that is no longer there, perhaps of other weights under the same name.
+        shutil.rmtree(folder, ignore_errors=True)
     else:
         refuse_other_settings(path, built, settings)
 
+    unwritten = []
+    if missing:
+        # It is there as long as this process is at work: the others wait for its end.
+        os.makedirs(folder, exist_ok=True)
+    if not server:
+        unwritten = [ids for ids in missing if not os.path.exists(part_of(folder, ids[0]))]
+    return Work(examples, done, missing, unwritten, server)
+
+
+def begin_in_all(cfg: dict, tokenizer: Tokenizer, rank: int,
+                 world: int) -> tuple[Work | None, list[Sequence[int]]]:
+    """(what process 0 has found, None in the others; the blocks to write). Its bad input is all's.
+    """
+    work = None
+    unwritten = []
+    error = None
+    if rank == 0:
+        try:
+            work = begin(cfg, tokenizer)
+            unwritten = work.unwritten
+        except BadInput as e:
+            error = str(e)
+    if world > 1:
+        # The one collective of a build. The others wait in it while the corpus is read, no longer.
+        error, unwritten = all_gather((error, unwritten))[0]
+    if error:
+        raise BadInput(error)
+    return work, unwritten
+
+
+def build_pairs(cfg: dict, policy: Callable[[], Llama], tokenizer: Tokenizer, rank: int = 0,
+                world: int = 1) -> int:
+    """Append a line for each example to the pairs' file: a pair, or {"id", "dropped": reason}.
+
+    policy: opens the model; it is not called where no pair is missing or an endpoint answers.
+    rank, world: which process this is, of how many that call this with the same config. Returns, in
+    process 0, how many examples have no line because requests failed; the same call asks for them
+    again.
+    """
+    check_settings(cfg)
+    check_fit(cfg, tokenizer)
+    evaluator = load_evaluator(cfg)
+    parent = os.getppid()
+    work, unwritten = begin_in_all(cfg, tokenizer, rank, world)
+    # Standard input has one reader. A server answers many requests at a time, though of one asker.
+    writers = 1 if cfg["examples"] == "-" else world
+    # In turn, not in halves: blocks cost more or less, and shares of many come out alike.
+    share = unwritten[rank::writers] if rank < writers else []
+    if rank:
+        if share:
+            examples = read_examples(cfg, "train")
+            for _ in write_share(cfg, policy, tokenizer, evaluator, examples, share, writers):
+                pass
+        while os.path.isdir(parts_of(pairs_path(cfg))):
+            pause(parent)
+        return 0
+
+    path = pairs_path(cfg)
+    n = len(work.examples)
+    before = n - sum(map(len, work.missing))
     failures = []
-    if blocks:
-        drafted = drafts(cfg, tokenizer, evaluator, examples, blocks)
-        writer = Writer(cfg, tokenizer, evaluator, source)
-        before = len(examples) - sum(map(len, blocks))
-        with tqdm(total=len(examples), initial=before, desc="pairs", disable=None) as bar:
-            failures = write_lines(path, finished(writer, drafted), done, bar)
-    print_summary(path, len(examples))
+    with tqdm(total=n, initial=before, desc="pairs", disable=None) as bar:
+        if work.server:
+            writer = Writer(cfg, tokenizer, evaluator, work.server)
+            drafted = drafts(cfg, tokenizer, evaluator, work.examples, work.missing, 1)
+            failures = write_lines(path, answered(writer, drafted), work.done, bar)
+        elif work.missing:
+            merge = Merge(path, work.missing, work.done, bar)
+            merge.take()
+            for _ in write_share(cfg, policy, tokenizer, evaluator, work.examples, share, writers):
+                merge.take()
+            while merge.waiting:
+                pause(parent)
+                merge.take()
+    if os.path.isdir(parts_of(path)):
+        shutil.rmtree(parts_of(path))
+    print_summary(path, n)
     if failures:
         print(f"warning: {len(failures)} examples have no line, requests failed "
               f"(as {failures[-1]}): the same command asks again")
     return len(failures)
 
 
+def write_share(cfg: dict, policy: Callable[[], Llama], tokenizer: Tokenizer, evaluator: Evaluator,
+                examples: Sequence[dict], blocks: list[Sequence[int]],
+                writers: int) -> Iterator[None]:
+    """Answer blocks with the policy here. Each is a part's file when this yields."""
+    neighbours = 1
+    if writers > 1:
+        neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    folder = parts_of(pairs_path(cfg))
+    writer = Writer(cfg, tokenizer, evaluator, Local(cfg, policy, tokenizer))
+    for block in drafts(cfg, tokenizer, evaluator, examples, blocks, neighbours):
+        first = block[0].row["id"]
+        lines = [line_of(new) for new in writer.finish(block)]
+        write_part(folder, first, lines)
+        yield
+
+
 def write_lines(path: str, blocks: Iterable[list[Draft]], done: set[int], bar: tqdm) -> list[str]:
-    """Append the lines of blocks as they come; why those have none that failed."""
+    """Append the lines of a server's blocks as they come; why those have none that failed."""
     failures = []
     in_a_row = 0
     with open(path, "a", encoding="utf-8") as f:
@@ -506,12 +601,8 @@ def write_lines(path: str, blocks: Iterable[list[Draft]], done: set[int], bar: t
                 # A dropped example says nothing of the server: it may never have been asked.
                 if not new.dropped:
                     in_a_row = 0
-                if new.row["id"] in done:
-                    continue
-                line = new.row
-                if new.dropped:
-                    line = {"id": new.row["id"], "dropped": new.dropped}
-                f.write(json.dumps(line, ensure_ascii=False) + "\n")
+                if new.row["id"] not in done:
+                    f.write(line_of(new))
             # A kill costs the block under way, no more.
             f.flush()
             bar.update(len(block))
@@ -519,6 +610,13 @@ def write_lines(path: str, blocks: Iterable[list[Draft]], done: set[int], bar: t
                 raise BadInput(f"{in_a_row} examples in a row failed, the last with "
                                f"{failures[-1]}; what is in {path} stays, the same command goes on")
     return failures
+
+
+def line_of(new: Draft) -> str:
+    line = new.row
+    if new.dropped:
+        line = {"id": new.row["id"], "dropped": new.dropped}
+    return json.dumps(line, ensure_ascii=False) + "\n"
 
 
 def print_summary(path: str, n: int) -> None:

@@ -174,6 +174,12 @@ def parse(name: str, raw: bytes) -> object:
         raise BadInput(f"not JSON ({e})") from e
 
 
+def warn(text: str) -> None:
+    """Say it once, though all processes of torchrun read the same files."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr)
+
+
 class Corpus:
     """The examples of a file or folder by number. Bad rows are named and left out; strict=True
     refuses them.
@@ -203,13 +209,13 @@ class Corpus:
         if not len(self):
             raise BadInput(f"{path}: no examples in it")
         if self.bad:
-            print(f"{path}: {self.bad} rows left out, {len(self)} examples", file=sys.stderr)
+            warn(f"{path}: {self.bad} rows left out, {len(self)} examples")
 
     def refuse(self, message: str) -> None:
         if self.strict:
             raise BadInput(message)
         self.bad += 1
-        print(f"left out: {message}", file=sys.stderr)
+        warn(f"left out: {message}")
 
     def index(self, file: int, name: str, numbers: dict[bytes, int]) -> None:
         """Note where the examples of a file lie and which documents they are about."""
