@@ -129,7 +129,7 @@ def tell_torchrun(kind, error) -> Exception:
     message = "".join(traceback.format_exception_only(kind, error)).strip()
     if issubclass(kind, BadInput):
         message = (f"{error} (this is the cause; torchrun's own lines only say that a process has "
-                   "ended. One process does without them: python train_logo.py)")
+                   "ended. One process does without them: python train_logo.py, or -m pairs)")
         error = BadInput(message)
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path:

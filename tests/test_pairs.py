@@ -21,6 +21,7 @@ from data import encode_group, load_pairs, read_header, words_evaluator
 from generate import generate
 from pairs.answers import is_right, normalize
 from pairs.build import Writer, build_pairs, draft, question_in
+from pairs.parts import Merge, parts_of, write_part
 from pairs.policy import Local, Request
 from tokenizer import load_tokenizer
 
@@ -539,6 +540,222 @@ def test_ctrl_c_does_not_wait_for_a_server(tmp_path, server):
     os.killpg(build.pid, signal.SIGINT)
     _, said = build.communicate(timeout=30)
     assert build.returncode == 130 and said.startswith("interrupted: ") and said.count("\n") == 1
+
+
+# ------------------------------------------------------------------------------------------- several processes
+
+def torchrun(path, processes, *args, module=("-m", "pairs"), **how):
+    """A build of 60 examples in blocks of 4 by so many processes, in a session of its own. 0: without torchrun."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else []
+    return subprocess.Popen([sys.executable, *launcher, *module, "configs/tiny.py", f"pairs={path}", "n_examples=60", "build_batch=4",
+                             "temperature=0.7", "workers=1", *args], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            text=True, start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, **how)
+
+
+def descendants(pid):
+    """All processes below one (torchrun's lead sessions of their own)."""
+    found = children(pid)
+    for each in found:
+        found += children(each)
+    return found
+
+
+def kill(pids):
+    for pid in pids:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:                                # gone meanwhile
+            continue
+
+
+def settled(path):
+    """Examples with a line, in the file or in a part of it."""
+    parts = Path(f"{path}.parts")
+    found = path.read_text().splitlines()[1:] if path.exists() else []
+    for part in parts.glob("*.jsonl") if parts.exists() else []:
+        try:
+            found += part.read_text().splitlines()
+        except FileNotFoundError:                                 # taken into the file meanwhile
+            continue
+    return len(set(found))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The bytes of torchrun()'s pairs, by one process without torchrun."""
+    path = tmp_path_factory.mktemp("whole") / "whole.jsonl"
+    done = torchrun(path, 0)
+    assert done.wait() == 0, done.stderr.read()
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_the_file_does_not_depend_on_the_processes(tmp_path, whole, processes):
+    build = torchrun(tmp_path / "p.jsonl", processes)
+    said, errors = build.communicate()
+    assert build.returncode == 0, errors
+    assert (tmp_path / "p.jsonl").read_bytes() == whole
+    assert said.count("pairs of 60 examples") == 1 and [path.name for path in tmp_path.iterdir()] == ["p.jsonl"]
+
+
+ONE_ALONE = """
+import os, runpy, sys, time
+sys.path.insert(0, ".")
+import pairs.build, pairs.parts
+write = pairs.parts.write_part
+
+def disturbed(folder, first, lines):
+    rank = int(os.environ["RANK"])
+    if what == "slow" and rank == 0:
+        time.sleep(60)
+    if what == "fails" and rank == 1 and first > 8:
+        raise pairs.parts.BadInput("the disk is full")
+    print("wrote", rank, first, os.environ["RANK"] == str(first // 4 % 2), flush=True)
+    write(folder, first, lines)
+
+what = sys.argv.pop(1)
+pairs.parts.write_part = pairs.build.write_part = disturbed
+runpy.run_module("pairs", run_name="__main__", alter_sys=True)
+"""
+
+
+def test_every_process_answers_its_share_of_the_blocks(tmp_path, whole):
+    script = tmp_path / "alone.py"
+    script.write_text(ONE_ALONE)
+    build = torchrun(tmp_path / "p.jsonl", 2, module=(str(script), ""))
+    said, errors = build.communicate()
+    assert build.returncode == 0, errors
+    assert said.count("wrote 0 ") == 8 and said.count("wrote 1 ") == 7 and "False" not in said
+    assert (tmp_path / "p.jsonl").read_bytes() == whole
+
+
+def test_what_others_have_written_is_counted_and_kept_when_the_first_is_slow(tmp_path, whole):
+    """Process 0 never gets to its first block. What the other has written waits; one process alone goes on from there."""
+    path, script = tmp_path / "p.jsonl", tmp_path / "alone.py"
+    script.write_text(ONE_ALONE)
+    build = torchrun(path, 2, module=(str(script), "slow"))
+    wait_for(lambda: settled(path) == 28)                         # blocks 1, 3, 5, ..., 13 of 0 to 14
+    kill([*descendants(build.pid), build.pid])
+    build.communicate()
+    assert path.read_text().count("\n") == 1 and len(list(Path(f"{path}.parts").glob("*.jsonl"))) == 7
+    asked = start(COUNTED, path)
+    assert asked.wait(timeout=100) == 0, asked.stderr.read()
+    assert path.read_bytes() == whole and not Path(f"{path}.parts").exists()
+    assert asked.stderr.read().split() == [str(first) for first in range(0, 60, 8)]
+
+
+COUNTED = """
+import sys
+sys.path.insert(0, ".")
+import pairs.build
+from checkpoint import load_pretrained
+from configs import load_config
+from tokenizer import load_tokenizer
+
+finish = pairs.build.Writer.finish
+
+def spied(self, block):
+    print(block[0].row["id"], file=sys.stderr)
+    return finish(self, block)
+
+pairs.build.Writer.finish = spied
+cfg = load_config(["configs/tiny.py", f"pairs={sys.argv[1]}", "n_examples=60", "build_batch=4", "temperature=0.7", "workers=1"])
+import torch
+torch.set_num_threads(1)
+pairs.build.build_pairs(cfg, lambda: load_pretrained("models/tiny"), load_tokenizer("models/tiny"))
+"""
+
+
+def test_a_process_that_fails_ends_all_with_one_line(tmp_path, whole):
+    path, script = tmp_path / "p.jsonl", tmp_path / "alone.py"
+    script.write_text(ONE_ALONE)
+    build = torchrun(path, 2, module=(str(script), "fails"))
+    _, errors = build.communicate(timeout=100)
+    said = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert build.returncode == 1 and len(said) == 1 and said[0].startswith("error: the disk is full"), errors
+    assert errors.count("Traceback") == 1 and "ChildFailedError" in errors  # torchrun's own, after it
+    assert errors.index("Traceback") > errors.index(said[0])
+    again = torchrun(path, 2)
+    assert again.wait() == 0 and path.read_bytes() == whole
+
+
+def test_killed_at_random_moments_processes_end_with_the_same_file(tmp_path, whole):
+    """kill -9 of one process of 2 or 4, which ends the others, and of all; each time another number of them goes on."""
+    path, kills, rng = tmp_path / "p.jsonl", 0, np.random.default_rng(2)
+    while kills <= KILLS:
+        before, goal = settled(path), int(rng.integers(1, 60 // KILLS))
+        processes = int(rng.choice([2, 4]))
+        build = torchrun(path, processes)
+        while build.poll() is None and settled(path) < min(before + goal, 59):
+            time.sleep(0.01)
+        time.sleep(rng.random() * 0.2)
+        ranks = [pid for pid in children(build.pid) if b"pairs" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        if build.poll() is not None or len(ranks) < processes:    # too late to kill: from the start
+            build.communicate()
+            assert path.read_bytes() == whole
+            path.unlink()
+            continue
+        if kills % 2:
+            kill([*descendants(build.pid), build.pid])
+            build.communicate()
+        else:
+            kill([ranks[int(rng.integers(processes))]])
+            _, errors = build.communicate(timeout=60)             # torchrun ends the others
+            assert build.returncode == 1 and "SIGKILL" in errors
+        assert settled(path) >= before                            # nothing that was written is lost
+        kills += 1
+    build = torchrun(path, int(rng.choice([0, 1, 3])))
+    assert build.wait() == 0 and path.read_bytes() == whole
+
+
+def test_ctrl_c_ends_all_processes_with_one_line(tmp_path):
+    path = tmp_path / "p.jsonl"
+    build = torchrun(path, 2, "n_examples=2000")
+    wait_for(lambda: has_lines(path))
+    below = descendants(build.pid)
+    build.send_signal(signal.SIGINT)
+    _, errors = build.communicate(timeout=60)
+    assert build.returncode and errors.count("interrupted: what is in") == 1, errors
+    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in below), 10)
+
+
+def test_parts_of_a_file_that_is_gone_are_not_taken(tmp_path, whole):
+    parts = tmp_path / "p.jsonl.parts"
+    parts.mkdir()
+    (parts / "0.jsonl").write_text('{"id": 0, "dropped": "by other weights of the same name"}\n')
+    assert torchrun(tmp_path / "p.jsonl", 0).wait() == 0
+    assert (tmp_path / "p.jsonl").read_bytes() == whole
+
+
+def test_one_process_of_several_asks_a_server(tmp_path, server):
+    remote(tmp_path / "one.jsonl", server, "build_batch=4", "n_examples=60")
+    asked = len(server.requests)
+    build = torchrun(tmp_path / "two.jsonl", 2, f"endpoint={server.url}", "endpoint_requests=4")
+    _, errors = build.communicate(timeout=100)
+    assert build.returncode == 0 and len(server.requests) == 2 * asked, errors
+    one, two = (rows((tmp_path / f"{name}.jsonl").read_bytes()) for name in ("one", "two"))
+    assert one == two and len(two) == 60
+
+
+def test_parts_are_taken_in_order_whenever_they_come(tmp_path):
+    """Blocks of 2, the first cut after its first line by an earlier kill; the bar counts what waits as well."""
+    class Bar:
+        n = 1
+
+        def update(self, more):
+            self.n += more
+
+    path, bar = tmp_path / "p.jsonl", Bar()
+    path.write_text("".join(f'{{"id": {i}}}\n' for i in (0,)))
+    Path(parts_of(str(path))).mkdir()
+    merge = Merge(str(path), [range(0, 2), range(2, 4), range(4, 5)], {0}, bar)
+    seen = []
+    for block in ((2, 3), (0, 1), (4,)):
+        write_part(parts_of(str(path)), block[0], [f'{{"id": {i}}}\n' for i in block])
+        merge.take()
+        seen.append((path.read_text().count("id"), bar.n, len(merge.waiting)))
+    assert seen == [(1, 3, 3), (4, 5, 1), (5, 6, 0)]
+    assert [json.loads(line)["id"] for line in path.read_text().splitlines()] == [0, 1, 2, 3, 4]
 
 
 # ------------------------------------------------------------------------------------------------- the header
