@@ -26,7 +26,7 @@ def missing(name: str, folder: str) -> list[dict]:
     path = os.path.join(folder, name + ".jsonl")
     done = []
     if os.path.exists(path):
-        # By what was run, not by the cell's name: a renamed cell is not run again, a changed one is.
+        # By what was run, not by its name: a renamed cell is not run again, a changed one is.
         for _, row in read_lines(path):
             done.append((row["difference"], row["seed"]))
     cells, seeds = LISTS[name]

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 import torch
 
-from checkpoint import load_pretrained
+from checkpoint import load_pretrained, sha256
 from configs import default_groups, load_config, read_json, write_json
 from data import chunk, prompt_around
 from evals.common import texts
@@ -44,6 +44,7 @@ def run(difference: dict, seed: int) -> dict:
     folder = os.path.join(WORK, name)
     line = {"seconds": {}}
     if cfg["steps"]:
+        # Built apart from the run, so that cells that differ in training alone share them.
         cfg["pairs"] = shared_pairs(cfg, line["seconds"])
         line.update(train(cfg, folder, line["seconds"]))
         model_folder = os.path.join(folder, "hf")
@@ -85,7 +86,7 @@ def with_rope(folder: str, changes: dict) -> str:
     """A copy of a model folder with changes in its config.json."""
     if not changes:
         return folder
-    made = os.path.join(WORK, "models", digest({"folder": folder, **changes}))
+    made = os.path.join(WORK, "models", digest({"weights": weights(folder), **changes}))
     with locked(made):
         if not os.path.exists(made):
             shutil.copytree(folder, made + ".new")
@@ -93,6 +94,11 @@ def with_rope(folder: str, changes: dict) -> str:
             write_json({**config, **changes}, os.path.join(made + ".new", "config.json"))
             os.replace(made + ".new", made)
     return made
+
+
+def weights(folder: str) -> str:
+    """What tells models apart: nothing that another model made is taken up."""
+    return sha256(os.path.join(folder, "model.safetensors"))
 
 
 def digest(value: dict) -> str:
@@ -130,8 +136,12 @@ def shared_pairs(cfg: dict, seconds: dict) -> str:
     """The pairs of these settings, built by the first run that needs them."""
     start = time.time()
     build = {key: cfg[key] for key in default_groups()["build"]}
-    path = os.path.join(WORK, "pairs", digest({"model": cfg["model"], **build}) + ".jsonl")
+    build["weights"] = weights(cfg["model"])
+    # The rotary scaling is in a copy's config.json; its folder's name tells it.
+    build["folder"] = os.path.basename(cfg["model"])
+    path = os.path.join(WORK, "pairs", digest(build) + ".jsonl")
     with locked(path):
+        # A file without its mark was cut short: the build goes on where it ended.
         if not os.path.exists(path + ".done"):
             command(["-m", "pairs"], {**cfg, "pairs": path, "workers": 1}, path + ".log")
             open(path + ".done", "w").close()
@@ -185,7 +195,7 @@ def measure(folder: str, cfg: dict) -> dict:
     model = load_pretrained(folder, torch.float32, "cpu")
     tokenizer = load_tokenizer(folder, cfg["template"])
     found = {}
-    for times, size in zip(TIMES, cfg["fresh_sizes"]):
+    for times, size in zip(TIMES, cfg["fresh_sizes"], strict=True):
         right = 0
         invented = 0
         for example, answer in answered(model, tokenizer, cfg, size):
@@ -195,6 +205,7 @@ def measure(folder: str, cfg: dict) -> dict:
         found[f"invented_{times}x"] = invented / cfg["fresh_questions"]
     for length in PERPLEXITY_LENGTHS:
         losses = []
+        # A mean over all tokens, as token_losses gives them, then exp: not a mean of perplexities.
         for text in texts(cfg["examples"]):
             ids = tokenizer.encode(text)[:PERPLEXITY_TOKENS]
             losses.append(token_losses(model, ids, length, length // 2))
@@ -230,6 +241,7 @@ def invents(answer: str, context: str) -> bool:
     The world tells a fact in one sentence, and answers repeat such sentences: one that is not in
     the document gives a person a job or a city that the document does not give.
     """
+    # Whole sentences, not words: "Rosa sings" is invented where it is Ida who sings.
     told = set(sentences(context))
     return any(sentence not in told for sentence in sentences(answer))
 
