@@ -332,7 +332,13 @@ def read_sentencepiece(path: Path) -> Vocabulary:
     for key, i in (("bos_token_id", model.bos_id()), ("eos_token_id", model.eos_id())):
         if i >= 0:  # -1: it has none
             ends[key] = i
-    return Vocabulary(model.encode, model.decode, special, len(model), ends)
+
+    def decode(ids: list[int]) -> str:
+        # A model may have more rows than there are pieces, to be a multiple of 64. What nobody
+        # trained is drawn hardly ever; but then sentencepiece would end a build of hours.
+        return model.decode([i for i in ids if i < len(model)])
+
+    return Vocabulary(model.encode, decode, special, len(model), ends)
 
 
 # ------------------------------------------------------------------------- the folder's settings

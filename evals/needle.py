@@ -64,8 +64,12 @@ def check(options: dict) -> None:
     for task in tasks_of(options):
         if task not in TASKS:
             raise BadInput(f"tasks: expected some of {', '.join(TASKS)}, found {task!r}")
-    if options["haystack"]:
+    path = options["haystack"]
+    if path:
         check_path(options, "haystack")
+    if path.endswith(".py") and not callable(getattr(run_file(path), "needle", None)):
+        raise BadInput(f"haystack={path}: expected a function needle(task, size, depth, seed) in "
+                       "it, as in models/tiny/world.py")
 
 
 def tasks_of(options: dict) -> list[str]:

@@ -754,7 +754,8 @@ NEEDLE, QA, PPL = ["needle", TINY], ["qa", TINY, f"examples={WORLD}"], ["perplex
     ([*NEEDLE, "lengths=[64,0]"], "lengths is"), ([*NEEDLE, "lengths=['a']"], "lengths is"), ([*NEEDLE, "depths=[50,101]"], "depths is"),
     ([*NEEDLE, "depths=[]"], "depths is"), ([*NEEDLE, "dtype=nn"], "dtype is 'nn'"), ([*NEEDLE, f"seed={10 ** 20}"], "seed is 1000"),
     ([*NEEDLE, "seed=10**20"], "seed is '10"), ([*NEEDLE, "tasks=many"], "expected some of single"), ([*NEEDLE, "max_new_tokens=0"], "max_new_tokens is 0"),
-    ([*NEEDLE, "haystack=nowhere"], "haystack=nowhere"), ([*QA, "passages=[]"], "passages is"), ([*QA, "questions=0"], "questions is 0"),
+    ([*NEEDLE, "haystack=nowhere"], "haystack=nowhere"),
+    ([*NEEDLE, f"haystack={ROOT / 'configs' / 'tiny.py'}"], "tiny.py: expected a function needle"), ([*QA, "passages=[]"], "passages is"), ([*QA, "questions=0"], "questions is 0"),
     ([*QA, "prompt_tail=Say"], "prompt_tail"), ([*QA, "examples="], "examples is empty"), ([*PPL, "lengths=[64]", "stride=64"], "stride is 64"),
     ([*PPL, "lengths=[64,128]", "stride=32", "truncated=96"], "truncated is 96"), ([*PPL, "documents=0"], "documents is 0"),
     ([*PPL, "text=nowhere"], "text=nowhere"), (["preferences", TINY], "pairs is empty"), ([*NEEDLE, "task=single"], "did you mean 'tasks'?")])

@@ -422,6 +422,7 @@ def test_sentencepiece(tmp_path):
     assert all(ours.decode(ours.encode(text)) == text.replace("\u2581", " ") for text in TEXTS)   # its word mark
     assert ours.decode([1, *ours.encode("the cat"), 2]) == "the cat"
     assert ours.decode([1, *ours.encode("the cat"), 2], skip_special=False) == "<s>the cat</s>"
+    assert ours.decode([*ours.encode("the cat"), len(theirs), len(theirs) + 63]) == "the cat"      # rows of a model that are no pieces
     for template, name in (("{{ '[INST] <<SYS>>' }}", "llama2"), ("{{ '[INST]' }}", "mistral")):
         (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
         ours = load_tokenizer(tmp_path)
