@@ -21,13 +21,12 @@ REFERENCES = {
     "YaRN": {"steps": 0, **YARN},
 }
 
-# The search for a recipe, one seed a try, in the order in which things were tried. From the second
-# try on with half the questions: enough to tell .85 from .92.
-MORE_PAIRS = {"n_examples": 4800}
-QUICK = {"n_examples": 4800, "fresh_questions": 200}
+# The search for a recipe, one seed a try, in the order in which things were tried.
 SCREEN = {
-    "4800 examples, lr 5e-3": {**MORE_PAIRS},
-    "YaRN, lr 5e-3": {**QUICK, **YARN},
+    "1200 examples": {"fresh_questions": 100},
+    "1200 examples, YaRN": {"fresh_questions": 200, "fresh_sizes": [104, 1000], **YARN},
+    "4800 examples": {"n_examples": 4800},
+    "4800 examples, YaRN": {"n_examples": 4800, "fresh_questions": 200, **YARN},
 }
 
 # What the search came to, and SFT on the same answers, at the same positions, for as many steps.

@@ -28,7 +28,7 @@ from tokenizer import Tokenizer, load_tokenizer
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 WORK = os.path.join(ROOT, "out", "experiments")  # pairs, models and logs: not in the repository
 BASE = os.path.join(ROOT, "experiments", "base.py")
-TIMES = (1, 2, 4, 8)              # windows of a context, by the order of fresh_sizes
+TIMES = {104: 1, 232: 2, 488: 4, 1000: 8}  # windows of a context, by its tokens
 PERPLEXITY_LENGTHS = (64, 1024)
 PERPLEXITY_TOKENS = 2049          # of each of the world's texts
 
@@ -195,7 +195,8 @@ def measure(folder: str, cfg: dict) -> dict:
     model = load_pretrained(folder, torch.float32, "cpu")
     tokenizer = load_tokenizer(folder, cfg["template"])
     found = {}
-    for times, size in zip(TIMES, cfg["fresh_sizes"], strict=True):
+    for size in cfg["fresh_sizes"]:
+        times = TIMES[size]
         right = 0
         invented = 0
         for example, answer in answered(model, tokenizer, cfg, size):

@@ -163,7 +163,7 @@ def test_every_line_says_how_it_was_made():
             for row in f:
                 line = json.loads(row)
                 assert {"cell", "difference", "seed", "commit", "machine", "seconds", "cpu_seconds"} <= line.keys()
-                assert 0 <= line["right_8x"] <= 1 and line["ppl_64"] > 1
+                assert 0 <= line["right_8x"] <= 1
 
 
 # ----------------------------------------------------------------------------------------------------- measures
