@@ -5,9 +5,10 @@ import pytest
 import torch
 from test_model import attention_and_gradients, make_groups, pack
 
+import generate as generate_file
 import model as model_file
 from checkpoint import load_pretrained
-from generate import attend_one_query, generate
+from generate import attend_last_slots, generate, scores_of, weighted_values
 from model import Llama, LlamaConfig, Segment, SegmentAttention
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -98,12 +99,39 @@ def peak_of(work):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_decoding_step_copies_nothing_of_the_cache(dtype):
     N, H, K, S, D = 4, 32, 8, 4096, 128
-    keys, values = torch.randn(2, N, S, K, D, device=DEVICE, dtype=dtype).transpose(2, 3)
+    keys, values = torch.randn(2, N, K, S, D, device=DEVICE, dtype=dtype)
     q = torch.randn(N, H, D, device=DEVICE, dtype=dtype)
     seen = (torch.arange(S, device=DEVICE) < torch.tensor([[3000], [4096], [1], [77]], device=DEVICE))[:, None, None]
-    expected = attend_one_query(*(x.cpu().float() for x in (q, keys, values)), seen.cpu())
-    assert (attend_one_query(q, keys, values, seen).cpu().float() - expected).abs().max() < 0.03
-    assert peak_of(lambda: attend_one_query(q, keys, values, seen)) < 0.2 * keys.numel() * keys.itemsize
+
+    def attend(q, k, v, seen):
+        scores = scores_of(q, k)
+        assert scores.dtype == torch.float32
+        return weighted_values(scores.masked_fill_(~seen, float("-inf")), v)
+
+    expected = attend(*(x.cpu().float() for x in (q, keys, values)), seen.cpu())
+    assert (attend(q, keys, values, seen).cpu().float() - expected).abs().max() < 0.03
+    assert peak_of(lambda: attend(q, keys, values, seen)) < 0.2 * keys.numel() * keys.itemsize
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_last_queries_of_a_row_see_all_before_them(dtype):
+    """A piece of a prompt over the cache: the flash kernel in bf16, masks of QUERIES rows in fp32."""
+    T, S, H, K, D = 3000, 5000, 8, 2, 64
+    q = torch.randn(T, H, D, device=DEVICE, dtype=dtype)
+    keys, values = torch.randn(2, K, S + 64, D, device=DEVICE, dtype=dtype)[:, :, :S]
+    expected = attend_last_slots(*(x.cpu().float() for x in (q, keys, values)))
+    assert (attend_last_slots(q, keys, values).cpu().float() - expected).abs().max() < 0.03
+    assert peak_of(lambda: attend_last_slots(q, keys, values)) < 0.3 * H * T * S * 4
+
+
+def test_greedy_generation_in_pieces_and_batches_equals_the_cpu(monkeypatch):
+    prompts = [prompt for prompt, _, _ in GROUPS]
+    model = load_pretrained(TINY)
+    expected = generate(model, prompts, 16)
+    monkeypatch.setattr(generate_file, "PIECE", 50)
+    model.to(DEVICE)
+    for budget in (0, 1, 400):
+        assert generate(model, prompts, 16, batch_tokens=budget) == expected
 
 
 def test_a_prompt_in_fp32_takes_no_scores_of_all_its_tokens():
