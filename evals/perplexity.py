@@ -34,7 +34,7 @@ OPTIONS = dict(
     lengths=[256, 512, 1024, 2048],  # tokens that a prediction may look back on
     stride=128,              # tokens scored in each window
     tokens=8192,             # of each document, from its beginning
-    documents=8,
+    documents=8,             # so many, the first that are longer than the longest of lengths
     evaluator="",            # model folder that chooses the key tokens; empty: the first model
     truncated=256,           # tokens of its truncated context (the paper: 4,096 of 32,768)
 )
@@ -189,11 +189,14 @@ def cut_texts(evaluator: Subject, options: dict) -> list[tuple[str, list[int]]]:
     """
     longest = max(options["lengths"])
     documents = []
-    for text in texts(options["text"])[:options["documents"]]:
+    for text in texts(options["text"]):
         ids = evaluator.tokenizer.encode(text)[:options["tokens"]]
         if len(ids) > longest:
             text = evaluator.tokenizer.decode(ids).rstrip("\ufffd")   # the last may be cut in half
             documents.append((text, evaluator.tokenizer.encode(text)))
+        # Counted when they are long enough: a folder may begin with short ones.
+        if len(documents) == options["documents"]:
+            break
     if not documents:
         raise BadInput(f"{options['text']}: no text has more than {longest} tokens, the longest of "
                        "lengths")

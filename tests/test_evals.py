@@ -470,6 +470,11 @@ def test_perplexity_command_without_key_tokens(tmp_path, capsys):
     rows = table_of(tmp_path / "perplexity.json")
     assert [row["length"] for row in rows] == [64, 128] and rows[0]["tokens"] == 2 * 299
     assert rows[0]["long"] is None and "no key tokens" in capsys.readouterr().out
+    (tmp_path / "texts").mkdir()
+    for i in range(4):
+        (tmp_path / "texts" / f"{i}.txt").write_text(" Rosa paints in Naples." * (60 if i > 1 else 3))
+    main(["perplexity", TINY, f"text={tmp_path / 'texts'}", "lengths=[64,128]", "stride=32", "truncated=64", "documents=1", f"out={tmp_path}"])
+    assert table_of(tmp_path / "perplexity.json")[0]["tokens"] == 60 * 5 - 1          # the third: the first two are too short
     with pytest.raises(BadInput, match="no text has more than 9000 tokens"):
         main(["perplexity", TINY, f"text={WORLD}", "lengths=[9000]", f"out={tmp_path}"])
 
