@@ -52,7 +52,10 @@ class BadInput(ValueError):
 
 
 def exit_on_bad_input(kind, error, trace) -> None:
-    """sys.excepthook: bad input ends with one line and exit code 1, all else with its traceback."""
+    """sys.excepthook: bad input (exit code 1) and Ctrl-C are a line, all else has its traceback."""
+    if issubclass(kind, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+        return
     if not issubclass(kind, BadInput):
         sys.__excepthook__(kind, error, trace)
         return

@@ -1,5 +1,8 @@
 """configs: every key known, typed, in range and explained; the paper's settings as the paper has them."""
 import re
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -130,3 +133,20 @@ def test_every_key_is_read_somewhere_and_explained_once():
     for key in load_config([]).keys() - {"name"}:
         assert f'cfg["{key}"]' in source, f"{key} is never read"
         assert sum(bool(re.match(rf"    {key}=.*  # ", line)) for line in lines) == 1, f"{key} has no comment of its own"
+
+
+@pytest.mark.parametrize("command", [
+    "import evals.__main__ as m, evals.questions as q; q.count_right = interrupt; "
+    "m.main(['questions', 'models/tiny', 'configs/tiny.py'])",
+    "import sample as m; m.load_pretrained = interrupt; m.main(['models/tiny', 'Who is Rosa?'])"], ids=["evals", "sample"])
+def test_ctrl_c_ends_a_command_with_one_line(command):
+    code = f"""
+import os, signal, sys
+from configs import exit_on_bad_input
+sys.excepthook = exit_on_bad_input
+def interrupt(*args):
+    os.kill(os.getpid(), signal.SIGINT)
+{command}
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stderr == "interrupted\n" and done.returncode == -signal.SIGINT
