@@ -12,6 +12,8 @@ from bench.plan import (
     Load,
     Shape,
     block_activations,
+    flash_backward,
+    load_of,
     peak_flops,
     peak_memory,
 )
@@ -111,6 +113,18 @@ def test_memory_of_llama3_8b_by_hand():
     assert lora["weights"] * 8 == 4 * trained + 2 * (total + adapters - trained)
     host = peak_memory(model, {**CFG, "offload_params": True, "offload_activations": True}, 9728, 1536, 8)
     assert host["weights"] == host["moments"] == host["activations"] == 0 < host["working"] == lora["working"]
+
+
+def test_flash_attentions_own_buffers_by_hand():
+    """Llama-3-8B, 4 sequences: 9,728 queries over 8,192 + 3 x 8,704 keys. Without GQA only dq's float32 remains."""
+    config = LlamaConfig(**SHAPES["llama3_8b"])
+    load = load_of({**CFG, "n_rejected": 2}, 9728, 1536, naive=False)
+    assert load == Load(9728, 2, 8192 + 3 * 8704, 4)
+    dq_accum, softmax_d = 4 * (9728 + 4 * 128) * 32 * 128, 4 * (9728 + 4 * 128) * 32
+    dk_and_dv = 2 * 2 * 34304 * 32 * 128
+    assert flash_backward(config, load) == dq_accum + softmax_d + dk_and_dv
+    assert flash_backward(LlamaConfig(**SHAPES["llama2_7b"]), load) == dq_accum + softmax_d
+    assert flash_backward(config, load_of({**CFG, "dtype": "float32"}, 9728, 1536, naive=False)) == 0
 
 
 @pytest.mark.parametrize("lora", [False, True])
