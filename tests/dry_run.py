@@ -1,6 +1,6 @@
 """A training step of a large model on many GPUs, walked where there is none: tensors have shapes and no numbers.
 
-    python tests/dry_run.py CONFIG [gpus=8] [layers=0] [prompt=8192] [answer=512] [micro_batches=2] [key=value of the config]
+    python -m tests.dry_run CONFIG [gpus=8] [layers=0] [prompt=8192] [answer=512] [micro_batches=2] [key=value of the config]
 
 The very functions of train_logo.py (sharding, optimizer, step) run on PyTorch's fake tensors in a fake process group, and
 PyTorch's FSDP memory tracker counts bytes. Printed as JSON: its peak, item by item, beside the plan's; how often the varlen
@@ -13,9 +13,6 @@ import ast
 import json
 import sys
 from pathlib import Path
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 
 import torch
 import torch.distributed as dist
@@ -30,6 +27,7 @@ from bench.__main__ import split_words
 from configs import load_config, with_arguments
 from data import Batch
 
+ROOT = Path(__file__).resolve().parent.parent
 OPTIONS = dict(gpus=8, layers=0, prompt=8192, answer=512, micro_batches=2)
 
 

@@ -13,7 +13,7 @@ ALL_WEIGHTS = ("lora_r=0", "train_also=")
 
 def dry_run(*words):
     """Llama-3-8B's shape, cut to two layers; by default LoRA, on 8 GPUs, two micro-batches."""
-    command = [sys.executable, str(ROOT / "tests" / "dry_run.py"), str(ROOT / "configs" / "llama3_8b_80k.py")]
+    command = [sys.executable, "-m", "tests.dry_run", "configs/llama3_8b_80k.py"]
     done = subprocess.run([*command, f"layers={LAYERS}", *words], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
