@@ -473,21 +473,27 @@ say(f"peak memory of this process so far: {used / 2**30:.2f} GiB")
 # ------------------------------------------------------------------ 6. after: export, questions
 
 def export_model(model: Llama) -> str:
-    """hf/ and, with LoRA, adapter/. All processes gather, one writes, all know if it could not."""
+    """hf/ and, with LoRA, adapter/."""
     # The masters are float32. The export is rounded to the run's dtype, once, after LoRA is added.
     export = os.path.join(folder, "hf")
+    if cfg["lora_r"]:
+        adapter = os.path.join(folder, "adapter")
+        write_together(save_adapter, model, adapter, cfg["model"], lora, cfg["model"])
+    write_together(save_pretrained, model, export, dtype, cfg["model"])
+    return export
+
+
+def write_together(save, *arguments) -> None:
+    """All processes gather, one writes. BadInput on all of them if it could not."""
     error = None
     try:
-        if cfg["lora_r"]:
-            save_adapter(model, os.path.join(folder, "adapter"), cfg["model"], lora, cfg["model"],
-                         write=rank == 0)
-        save_pretrained(model, export, dtype, cfg["model"], write=rank == 0)
+        save(*arguments, write=rank == 0)
     except BadInput as e:
         error = str(e)
+    # Known to all before any of them gathers what comes next: one alone would wait for ever.
     error = all_gather(error)[0]
     if error:
         raise BadInput(error)
-    return export
 
 
 export = export_model(model)

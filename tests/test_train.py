@@ -376,6 +376,15 @@ def test_a_full_disk_costs_the_checkpoint_and_not_the_run(run, checkpointed, tmp
     same_run(checkpointed, folder)
 
 
+def test_an_export_that_cannot_be_written_ends_all_processes_with_the_cause(run, tmp_path):
+    """The disk refuses the adapter: the other process must not go on to gather the merged model, alone."""
+    small = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))}
+    done = launch(*arguments(run, tmp_path, "save_interval=0", *LORA), processes=2, timeout=120, **small)
+    assert done.returncode == 1 and "adapter: cannot be written" in done.stderr, done.stderr
+    assert "gloo" not in done.stderr and "SIGABRT" not in done.stderr, done.stderr
+    assert not (tmp_path / "adapter").exists() and not (tmp_path / "hf").exists()
+
+
 def pairs_as_if_built_with(run, folder, **changed):
     """A copy of the pairs whose header names another policy: for tests that need no answers of its own."""
     header, *lines = run.pairs.read_text().splitlines()
