@@ -409,7 +409,7 @@ def config_json(config: LlamaConfig) -> Settings:
 def load_pretrained(folder: str, dtype: torch.dtype = torch.float32,
                     device: str | torch.device = "cpu", adapter: str = "") -> Llama:
     """A whole Llama from a Hugging Face folder, with a PEFT adapter on it where one is named."""
-    config = read_config(join(folder, "config.json"))
+    config = read_config(config_path(folder, adapter))
     with torch.device("meta"):
         model = Llama(config)
         if adapter:
@@ -424,6 +424,18 @@ def load_pretrained(folder: str, dtype: torch.dtype = torch.float32,
     if adapter:
         load_adapter(model, adapter)
     return model
+
+
+def config_path(folder: str, adapter: str = "") -> str:
+    """The config.json of a model folder, with an adapter on it or without.
+
+    save_adapter's has the window and the RoPE base that the adapter was trained with. PEFT writes
+    none: then it is the base model's.
+    """
+    if adapter and not os.path.isdir(adapter):
+        raise BadInput(f"{adapter}: no such folder")
+    path = join(adapter, "config.json")
+    return path if adapter and exists(path) else join(folder, "config.json")
 
 
 def load_weights(model: Llama, folder: str) -> None:
@@ -688,10 +700,19 @@ def read_adapter(folder: str, config: LlamaConfig) -> Settings:
 
 def load_adapter(model: Llama, folder: str) -> None:
     """Fill what is trained from an adapter's folder. BadInput for other names or shapes."""
+    read_parameters(*adapter_files(model, folder), folder)
+
+
+def check_adapter(model: Llama, folder: str) -> None:
+    """BadInput where load_adapter would refuse the folder. The model may have shapes alone."""
+    check_parameters(*adapter_files(model, folder), folder)
+
+
+def adapter_files(model: Llama, folder: str) -> tuple[Tensors, dict[str, str]]:
+    """({PEFT's key: parameter} of what is trained, {key: path} of what an adapter's file holds)."""
     path = join(folder, "adapter_model.safetensors")
-    files = {key: path for key in tensor_names(path)}
     tensors, _ = adapter_tensors(model)
-    read_parameters(tensors, files, folder)
+    return tensors, {key: path for key in tensor_names(path)}
 
 
 # ------------------------------------------------------------------------- checkpoints: writing
@@ -999,12 +1020,7 @@ def load_adapted(folder: str, base: str) -> tuple[Llama, str]:
     """The model that an adapter makes of its base, and the base: that given, else that it names."""
     path = join(folder, "adapter_config.json")
     base = base or checked(read_json(path), "base_model_name_or_path", TEXT, path)
-    model = load_pretrained(base, dtype_of(base), adapter=folder)
-    # save_adapter's: the window and the RoPE base of the training. PEFT writes none.
-    path = join(folder, "config.json")
-    if exists(path):
-        model.config = read_config(path)
-    return model, base
+    return load_pretrained(base, dtype_of(base), adapter=folder), base
 
 
 def load_trained(folder: str, base: str) -> tuple[Llama, str]:
@@ -1016,6 +1032,7 @@ def load_trained(folder: str, base: str) -> tuple[Llama, str]:
         base = base or checked(cfg, "model", TEXT, path)
         dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[cfg["dtype"]]
         model = load_pretrained(base, dtype)
+        model.config = read_config(config_path(base, cfg["adapter"]))
         model.config.extend(cfg["window"], cfg["rope_theta"])  # as the run did
         model.train_only(cfg["lora_r"], cfg["lora_alpha"], cfg["lora_targets"], cfg["train_also"])
     load_checkpoint(folder, state, model)

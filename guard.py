@@ -34,7 +34,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from checkpoint import prune, read_adapter, save_checkpoint
+from checkpoint import check_adapter, prune, read_adapter, save_checkpoint
 from configs import (
     BadInput,
     default_groups,
@@ -43,7 +43,7 @@ from configs import (
     write_json,
 )
 from data import Batch
-from model import Llama, LlamaConfig, step_flops
+from model import Llama, step_flops
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 PATIENCE = timedelta(hours=24)  # rank 0 evaluates a checkpoint for hours while the others wait
@@ -167,15 +167,16 @@ def check_resumable(resumed: str, state: dict, cfg: dict) -> None:
                            "resume with the old value, or name another out=")
 
 
-def check_adapter(cfg: dict, config: LlamaConfig) -> None:
-    """An adapter to go on from has this run's LoRA."""
+def check_lora(cfg: dict, model: Llama) -> None:
+    """An adapter to go on from has this run's LoRA, and what trains beside it."""
     if not cfg["adapter"]:
         return
-    found = read_adapter(cfg["adapter"], config)
+    found = read_adapter(cfg["adapter"], model.config)
     for key in ("lora_r", "lora_alpha"):
         if found[key] != cfg[key]:
             raise BadInput(f"{cfg['adapter']}: was made with {key}={found[key]}, "
                            f"this run has {key}={cfg[key]}")
+    check_adapter(model, cfg["adapter"])
 
 
 def check_evals(commands: list[str], read_command: Callable[[list[str]], Any]) -> None:

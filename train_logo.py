@@ -37,6 +37,7 @@ from torch.distributed.tensor import DTensor
 import guard
 from checkpoint import (
     all_gather,
+    config_path,
     find_checkpoint,
     load_adapter,
     load_checkpoint,
@@ -101,10 +102,10 @@ tokenizer = load_tokenizer(cfg["model"], cfg["template"])
 check_fit(cfg, tokenizer)
 lora = {key: cfg[key] for key in ("lora_r", "lora_alpha", "lora_targets", "train_also")}
 with torch.device("meta"):  # shapes only, so that what does not fit is said now; filled in stage 3
-    model = Llama(read_config(os.path.join(cfg["model"], "config.json")))
+    model = Llama(read_config(config_path(cfg["model"], cfg["adapter"])))
     model.config.extend(cfg["window"], cfg["rope_theta"])
     model.train_only(**lora)
-guard.check_adapter(cfg, model.config)
+guard.check_lora(cfg, model)
 
 guard.init_processes(device)
 folder = run_folder(cfg)

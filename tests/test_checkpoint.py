@@ -468,7 +468,7 @@ def make_checkpoint(folder, model, cut=3, **changes):
         file = f"shard_{part}_of_2.safetensors"
         save_file(tensors, folder / file)
         shards[file] = sha256(folder / file)
-    settings = {"model": str(TINY), "dtype": "float32", "window": 256, "rope_theta": 0.0, "lora_r": 0,
+    settings = {"model": str(TINY), "adapter": "", "dtype": "float32", "window": 256, "rope_theta": 0.0, "lora_r": 0,
                 "lora_alpha": 16, "lora_targets": "q_proj", "train_also": ""}
     write_state(folder, {"step": 7, "config": settings, "shards": shards, **changes})
 
@@ -568,6 +568,31 @@ def test_merge_without_a_base_says_so(tmp_path, base):
     trained_lora(tmp_path)
     edit_json(tmp_path / "adapter" / "adapter_config.json", base_model_name_or_path=base)
     refused(lambda: merge(str(tmp_path / "adapter"), str(tmp_path / "out")), "base_model_name_or_path", repr(base))
+
+
+def test_an_adapter_brings_the_rope_base_and_window_of_its_training(tmp_path):
+    """To whoever opens it, answers with it or goes on from it: at the base model's its weights mean something else."""
+    model = trained_lora(tmp_path)
+    with torch.no_grad():
+        at_its_own = model.logits(rows(1, 30))
+        model.config.extend(4096, 300_000.0)
+        logits = model.logits(rows(1, 30))
+        save_adapter(model, tmp_path / "adapter", str(tmp_path / "base"), {"lora_r": 4, "lora_alpha": 6, "lora_targets": "q_proj,v_proj,down_proj"})
+        assert not torch.allclose(logits, at_its_own, atol=1e-4)
+        again = load_pretrained(tmp_path / "base", adapter=tmp_path / "adapter")
+        assert torch.equal(again.logits(rows(1, 30)), logits) and again.config.max_position_embeddings == 4096
+    # A run that went on from it, all weights for short, without a rope_theta of its own.
+    make_checkpoint(tmp_path / "step_000007", load_pretrained(TINY))
+    state = json.loads((tmp_path / "step_000007" / "state.json").read_text())
+    del state["sha256"]
+    shutil.copytree(TINY, tmp_path / "other", ignore=lambda *_: ["__pycache__"])
+    edit_json(tmp_path / "other" / "config.json", rope_parameters={"rope_type": "default", "rope_theta": 300_000.0})
+    for adapter, theta in ((str(tmp_path / "other"), 300_000.0), ("", 10_000.0)):
+        write_state(tmp_path / "step_000007", {**state, "config": {**state["config"], "adapter": adapter}})
+        merge(str(tmp_path / "step_000007"), str(tmp_path / f"out{theta}"))
+        assert read_config(tmp_path / f"out{theta}" / "config.json").rope["rope_theta"] == theta
+    write_state(tmp_path / "step_000007", {**state, "config": {**state["config"], "adapter": "nowhere"}})
+    refused(lambda: merge(str(tmp_path / "step_000007"), str(tmp_path / "out")), "nowhere: no such folder")
 
 
 def test_a_merged_checkpoint_announces_its_window(tmp_path):

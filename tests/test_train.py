@@ -657,6 +657,11 @@ def test_an_adapter_goes_on_training_and_a_checkpoint_merges(run, checkpointed, 
     assert "tokens/s" not in first and "tokens/s" in last and "TFLOP/s" in last and last.endswith("left 0:00:00")
     wrong = launch(*arguments(run, tmp_path / "wrong", "lora_r=4", "train_also=embed,norm", adapter), processes=0)
     assert wrong.returncode == 1 and "was made with lora_r=8, this run has lora_r=4" in wrong.stderr
+    # What trains is another thing: said before pairs are built, not when the adapter is filled in.
+    for words in (("lora_r=8", "train_also=embed"), (*LORA, "lora_targets=q_proj,v_proj")):
+        wrong = launch(*arguments(run, tmp_path / "wrong", *words, adapter, f"pairs={tmp_path / 'none.jsonl'}"), processes=0)
+        assert wrong.returncode == 1 and "is not a tensor of this model" in wrong.stderr and not wrong.stdout, wrong.stderr
+    assert not (tmp_path / "none.jsonl").exists()
     for source in ("adapter", "step_000004"):
         out = tmp_path / f"merged_{source}"
         merged = launch("merge", str(checkpointed / source), str(out), processes=0, script="checkpoint.py")
