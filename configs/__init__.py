@@ -146,13 +146,14 @@ def load_config(argv: list[str], fallback: str = "configs/tiny.py") -> dict:
         raise BadInput(f"{path}: expected a dict named 'config'")
     for key, value in differences.items():
         config[key] = checked(config, key, value, path)
+    beside_lora = config["train_also"] if config["lora_r"] else ""
     config = with_arguments(config, words)
     if not config["lora_r"]:
-        # lora_r=0 on the command line is all that it takes to train everything: what a file says
-        # to train beside LoRA is then no contradiction, it is just included.
-        if any(word.startswith("train_also=") for word in words) and config["train_also"]:
-            raise BadInput(f"command line: train_also={config['train_also']!r} needs lora_r: "
-                           "at lora_r=0 every parameter trains")
+        # lora_r=0 on the command line is all that it takes to train everything: what a file trains
+        # beside its LoRA is then just included. Without LoRA to be beside of, it is a mistake.
+        if config["train_also"] not in ("", beside_lora):
+            raise BadInput(f"train_also={config['train_also']!r} needs lora_r: at lora_r=0 every "
+                           "parameter trains")
         config["train_also"] = ""
     config["name"] = os.path.splitext(os.path.basename(path))[0]
     return config
@@ -219,6 +220,9 @@ def check_settings(cfg: dict) -> None:
     for key in ("beta1", "beta2"):
         if cfg[key] >= 1:
             refuse(key, cfg[key], "less than 1")
+    for key in ("grad_clip", "lora_alpha"):
+        if not cfg[key]:  # no way to turn it off: every update, or LoRA's part of it, would be 0
+            refuse(key, cfg[key], "more than 0")
     if not 0 < cfg["top_p"] <= 1:
         refuse("top_p", cfg["top_p"], "more than 0 and at most 1")
     if 0 < cfg["candidates"] < cfg["n_rejected"]:

@@ -38,7 +38,7 @@ def test_a_bad_key_or_value_is_refused(args, message):
 @pytest.mark.parametrize("word", [
     "positions=random", "score_with=all", "dtype=float16", "prompt_tail=who?", "evaluator=ner", "chosen_from=gold",
     "endpoint_api=responses", "micro_batch=0", "context_size=0", "window=0", "top_p=0.0", "top_p=1.5", "candidates=1",
-    "warmup=1.5", "sparse_share=2.0", "correct_share=1.5", "beta1=1.0", "beta2=1.0", "seed=9223372036854775808",
+    "grad_clip=0.0", "lora_alpha=0", "warmup=1.5", "sparse_share=2.0", "correct_share=1.5", "beta1=1.0", "beta2=1.0", "seed=9223372036854775808",
     "window=100000000", "lora_r=100000", "threads=100000000000000", "workers=100000", "endpoint_requests=100000",
     "batch_size=100000000000", "draws=1000000", "fresh_sizes=[[1]]", "fresh_sizes=['a']", "fresh_sizes=[0]",
     "fresh_sizes=[True]", "fresh_sizes=[1.5]", "evals=[1]", "evals=['']", "evals=[['needle']]"])
@@ -116,6 +116,16 @@ def test_lora_r_0_trains_everything_whatever_the_file_trains_beside_lora(path):
     cfg = load_config([str(path), "lora_r=0"])
     assert cfg["lora_r"] == 0 and cfg["train_also"] == ""
     assert load_config([str(path), "lora_r=8", "train_also=norm"])["train_also"] == "norm"
+
+
+def test_a_file_that_trains_something_beside_no_lora_is_refused(tmp_path):
+    """Else every weight would train in silence, where its owner meant these alone."""
+    path = tmp_path / "mine.py"
+    path.write_text("config = dict(train_also='embed')")
+    with pytest.raises(BadInput, match="train_also='embed' needs lora_r"):
+        load_config([str(path)])
+    assert load_config([str(path), "lora_r=4"])["train_also"] == "embed"
+    assert load_config([str(path), "train_also="])["train_also"] == ""
 
 
 def test_the_trainer_shows_the_defaults_as_they_are():
