@@ -159,6 +159,11 @@ def lock(folder: str) -> IO:
 
 def check_resumable(resumed: str, state: dict, cfg: dict) -> None:
     """Keys of the groups paths and run may change when a run is resumed, no others."""
+    for key in ("before", "held_out", "pairs", "skipped", "updates"):
+        if key not in state:
+            raise BadInput(f"{resumed}: {key!r} is not in its state.json, as another version of "
+                           "this code has written it: training cannot go on from it, but "
+                           "python checkpoint.py merge makes a model of it")
     groups = default_groups()
     for key in [*groups["build"], *groups["train"]]:
         found = state["config"].get(key)
@@ -421,6 +426,8 @@ def evaluate_checkpoint(folder: str, step: int, commands: list[str]) -> None:
     merged = os.path.join(out, name)
     shutil.rmtree(merged, ignore_errors=True)  # a killed run's: other weights, under the same name
     checkpoint = os.path.join(folder, name)
+    # Another process finds no room on this GPU where PyTorch keeps what training has freed.
+    torch.cuda.empty_cache()
     if run_script(os.path.join(HERE, "checkpoint.py"), "merge", checkpoint, merged):
         for text in commands:
             command, *words = shlex.split(text)

@@ -396,15 +396,31 @@ def usable_of(samples: list[Sample]) -> list[Sample]:
 
 @torch.no_grad()
 def evaluate(model: Llama) -> dict[str, float]:
-    """Metrics on the held-out pairs, at the positions of their first draw."""
+    """Metrics on the held-out pairs but `skipped` ones, at the positions of their first draw."""
+    every = range(len(held_out))
+    usable = [i for i in every if held_out[i]["id"] not in skipped] or every
     parts = []
-    for i in range(rank, len(held_out), world):
+    for i in every[rank::world]:
         # One at a time and always at the same positions, so that two evaluations can be compared.
-        batch = load_batch([Sample(i, draw=0, epoch=0)], held_out)
+        # As in share_of, another pair stands in for one that is left out, and counts for nothing.
+        counts = i in usable
+        batch = load_batch([Sample(i if counts else usable[0], draw=0, epoch=0)], held_out)
         _, metrics = batch_loss(model, batch)
-        parts.append((metrics, 1 / len(held_out)))
+        parts.append((metrics, counts / len(usable)))
     model.reshard()  # without a backward nobody else gives the root's gathered parameters back
     return mean_over_all(parts) if parts else {}
+
+
+@torch.no_grad()
+def faulty_held_out(model: Llama) -> list[int]:
+    """Ids of the held-out pairs whose loss is not finite: no mean with one of them is a number."""
+    found = []
+    for i in range(rank, len(held_out), world):
+        loss, _ = batch_loss(model, load_batch([Sample(i, draw=0, epoch=0)], held_out))
+        if not math.isfinite(loss):
+            found.append(held_out[i]["id"])
+    model.reshard()
+    return sorted(sum(all_gather(found), []))
 
 
 def say_estimate(model: Llama) -> None:
@@ -437,9 +453,16 @@ if resumed:
     now = state["held_out"]
 else:
     now = evaluate(model)
+    if held_out and not math.isfinite(now["loss"]):
+        # Left out for the whole run, so that its evaluations can be compared. A pair that is not
+        # finite later on shows: then it is the weights that are at fault.
+        found = faulty_held_out(model)
+        skipped.update(found)
+        say(f"not finite, left out from here on: held-out pairs {found}")
+        now = evaluate(model)
     before["held_out"] = now
     if held_out:
-        say(guard.sentence(0, now) + f"  held-out ({len(held_out)} pairs)")
+        say(guard.sentence(0, now) + f"  held-out ({len(held_out) - len(skipped)} pairs)")
 origin = {"config": cfg, "pairs": pairs_digest, "before": before}
 report = guard.Report(folder, cfg, world, peak)
 

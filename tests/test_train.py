@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 import data
 import guard
 from checkpoint import load_pretrained
-from configs import load_config
+from configs import BadInput, load_config
 from data import load_pairs
 from loss import logo_loss
 from tokenizer import load_tokenizer
@@ -359,6 +359,16 @@ def test_a_changed_config_is_refused_and_nothing_is_touched(run, checkpointed, t
         path: content for path, content in files.items() if path.name != "config.json"}
 
 
+@pytest.mark.parametrize("key", ["before", "held_out", "pairs", "skipped", "updates"])
+def test_a_checkpoint_of_another_version_is_refused_in_one_line(tmp_path, key):
+    cfg = load_config(["configs/tiny.py"])
+    state = dict.fromkeys(("before", "held_out", "pairs", "skipped", "updates")) | {"config": cfg}
+    guard.check_resumable("step_000002", state, cfg)
+    del state[key]
+    with pytest.raises(BadInput, match=f"^step_000002: '{key}' is not in its state.json"):
+        guard.check_resumable("step_000002", state, cfg)
+
+
 def test_a_full_disk_costs_the_checkpoint_and_not_the_run(run, checkpointed, tmp_path):
     """A limit on the size of files stands for the disk: of step 4's checkpoint and of the export, nothing is left."""
     folder = shutil.copytree(checkpointed, tmp_path / "run")
@@ -462,6 +472,41 @@ def test_a_pair_that_is_not_finite_is_left_out_by_name_and_the_run_goes_on(fault
     states = [json.loads((folder / "run" / f"step_{step:06d}" / "state.json").read_text()) for step in (4, 16)]
     assert states[1]["skipped"] == sorted(ids) == json.loads((folder / "run" / "result.json").read_text())["skipped"]
     assert set(states[0]["skipped"]) == {i for m in steps[:4] for i in m.get("skipped", [])}
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_held_out_pair_that_is_not_finite_is_left_out_by_name(run, tmp_path, processes):
+    """Of the means alone: they are those of the other pairs, before training and after, and a resumed run knows it."""
+    cfg, tokenizer = load_config(["configs/tiny.py", *SMALL]), load_tokenizer(TINY)
+    train, held_out = data.split_pairs(load_pairs(run.pairs, cfg, tokenizer), cfg["held_out"])
+    holders = {}
+    for pair in train + held_out:
+        for token in set(data.encode_group(pair, tokenizer, cfg).tokens.tolist()):
+            holders.setdefault(token, set()).add(pair["id"])
+    bad = held_out[-1]["id"]
+    token = min(token for token, ids in holders.items() if ids == {bad})
+    words = untied(run, tmp_path, partial(poison, token))
+    done = launch(*words, "save_interval=2", processes=processes)
+    assert done.returncode == 0 and f"left out from here on: held-out pairs [{bad}]" in done.stdout, done.stderr
+    assert "held-out (3 pairs)" in done.stdout
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["skipped"] == [bad] and all("skipped" not in m for m in metrics(tmp_path / "run"))
+    model = load_pretrained(tmp_path / "model")
+    model.config.extend(cfg["window"], cfg["rope_theta"])
+    alone = []
+    for pair in held_out[:-1]:
+        group = data.encode_group(pair, tokenizer, cfg)
+        with torch.no_grad():
+            sums, lengths = model(group.tokens, group.positions, group.targets, group.segments)
+        logps = (sums / lengths).view(1, -1)
+        alone.append(float(logo_loss(logps[:, 0], logps[:, 1:], cfg["beta"], cfg["gamma"], cfg["sft_weight"])[0]))
+    assert result["before"]["held_out"]["loss"] == pytest.approx(sum(alone) / 3, rel=1e-5)
+    after = result["after"]["held_out"]
+    assert all(math.isfinite(value) for value in after.values())
+    shutil.rmtree(tmp_path / "run" / "step_000004")
+    done = launch(*words, "save_interval=2", "resume=auto", processes=processes)
+    assert done.returncode == 0 and "resumed from" in done.stdout, done.stderr
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["after"]["held_out"] == after
 
 
 def test_the_steps_other_pairs_count_alike(faulty):
@@ -686,6 +731,14 @@ def test_evaluations_never_see_an_older_models_weights(checkpointed, tmp_path, c
     truncate(folder / "step_000004" / "state.json")
     guard.evaluate_checkpoint(str(folder), 4, commands)
     assert not measured.exists() and not stale.exists() and "merge" in capfd.readouterr().out.split("warning")[1]
+
+
+def test_an_evaluation_finds_the_memory_that_training_has_freed(tmp_path, monkeypatch):
+    done = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: done.append("empty_cache"))
+    monkeypatch.setattr(guard, "run_script", lambda *words: done.append(words[1]) or True)
+    guard.evaluate_checkpoint(str(tmp_path), 4, ["needle lengths=[104]"])
+    assert done == ["empty_cache", "merge", "evals"]
 
 
 def test_a_run_evaluates_its_checkpoints(run, tmp_path):
