@@ -812,6 +812,35 @@ def test_the_questions_command_counts_what_the_trainer_counts():
     assert "context    104" in done.stdout and "of 20" in done.stdout, done.stderr
 
 
+COUNT = """
+import os, sys
+sys.path.insert(0, ".")
+import torch.distributed as dist
+from checkpoint import load_pretrained
+from configs import load_config
+from evals.questions import count_right
+from tokenizer import load_tokenizer
+
+rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+dist.init_process_group("gloo")
+model, tokenizer = load_pretrained("models/tiny"), load_tokenizer("models/tiny")
+found = [count_right(model, tokenizer, load_config(["configs/tiny.py", f"fresh_questions={n}"]), 488, rank, world) for n in (23, 2)]
+print(f"{found}\\n", end="", flush=True)   # in one piece
+"""
+
+
+def test_processes_share_the_questions_and_all_know_the_sum(tmp_path):
+    """Also where there are fewer questions than processes."""
+    (tmp_path / "count.py").write_text(COUNT)
+    found = {}
+    for world in (1, 3):
+        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}", str(tmp_path / "count.py")],
+                              cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        found[world] = done.stdout.splitlines()
+        assert len(found[world]) == world and len(set(found[world])) == 1, done.stderr
+    assert found[1][0] == found[3][0] and found[1][0].count(", 23)") == found[1][0].count(", 2)]") == 1
+
+
 def test_texts_are_documents(tmp_path):
     (tmp_path / "a.txt").write_text("One.")
     (tmp_path / "b.txt").write_text("Two.")
