@@ -46,10 +46,16 @@ class Local:
     def begin_block(self, seed: int) -> None:
         # One stream of random numbers a block, so that a block's answers do not depend on where a
         # build was cut.
-        device = self.policy().lm_head.weight.device
-        self.generator = torch.Generator(device).manual_seed(seed)
+        self.seed = seed
+        self.generator = None
 
     def answers(self, requests: list[Request]) -> list[str | None]:
+        # Of ready pairs nothing is asked, and so no model is opened for them.
+        if not requests:
+            return []
+        if self.generator is None:
+            device = self.policy().lm_head.weight.device
+            self.generator = torch.Generator(device).manual_seed(self.seed)
         prompts = []
         stops = []
         for request in requests:

@@ -141,6 +141,13 @@ def test_ready_pairs_go_through_to_the_loss(tmp_path, tokenizer):
     assert group.targets[start:end].tolist() == tokenizer.encode(" Rosa paints in Naples.") + stops[:1]
 
 
+def test_no_model_is_opened_for_ready_pairs(tmp_path, tokenizer):
+    row = {"prompt": " Who is Rosa?", "chosen": " Rosa paints in Naples.", "rejected": [" Rosa sings.", " Rosa sails in Rome."]}
+    cfg = config(f"pairs={tmp_path / 'p.jsonl'}", f"examples={lines(tmp_path / 'r.jsonl', [row])}", "n_examples=0")
+    build_pairs(cfg, lambda: pytest.fail("the model was opened"), tokenizer)
+    assert len(load_pairs(tmp_path / "p.jsonl", cfg, tokenizer)) == 1
+
+
 def test_evidence_in_a_rejected_prompt_is_seen():
     """Two passages tell the answer; only one is critical, so the other may reach the rejected prompts."""
     texts = [" Rosa paints in Naples.", " Snow falls in Turin.", " Ida sings in Rome.", " The old bridge leans."] + [" Fog drifts in Paris."] * 3
