@@ -12,7 +12,7 @@ import experiments.__main__ as command
 from configs import BadInput, load_config
 from experiments import report
 from experiments.lists import LISTS
-from experiments.run import ROOT, invents, settings
+from experiments.run import ROOT, invents, run, settings
 
 DOCUMENT = os.path.join(ROOT, "EXPERIMENTS.md")
 
@@ -181,3 +181,23 @@ def test_what_counts_as_invented():
 def test_base_is_a_config():
     cfg = load_config([os.path.join(ROOT, "experiments", "base.py")])
     assert cfg["model"] == "models/tiny"
+
+
+# ----------------------------------------------------------------------------------------------------- one run
+
+def test_a_small_run_measures_every_column(tmp_path, monkeypatch):
+    monkeypatch.setattr("experiments.run.WORK", str(tmp_path))
+    small = {"n_examples": 24, "steps": 1, "batch_size": 2, "micro_batch": 2, "held_out": 4,
+             "fresh_questions": 2, "fresh_sizes": [104], "rope_theta": 0.0,
+             "rope_scaling": {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 128}}
+    monkeypatch.setattr("experiments.run.PERPLEXITY_TOKENS", 65)
+    monkeypatch.setattr("experiments.run.PERPLEXITY_LENGTHS", (64,))
+    line = run(small, 1)
+    assert {"right_1x", "invented_1x", "ppl_64", "margin", "accuracy", "chosen_before", "chosen_after",
+            "peak_memory", "seconds", "cpu_seconds", "machine", "commit"} <= line.keys()
+    # The same pairs serve a run that differs in training alone, and an untrained one measures the same model.
+    again = run({**small, "lr": 0.0}, 1)
+    assert "pairs" in line["seconds"] and "pairs" not in again["seconds"]
+    untrained = run({**small, "steps": 0}, 1)
+    assert again["ppl_64"] == pytest.approx(untrained["ppl_64"], abs=2e-4)
+    assert again["chosen_after"] == again["chosen_before"]
