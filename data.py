@@ -544,7 +544,7 @@ def read_header(path: str) -> dict:
 
 
 def load_pairs(path: str, cfg: dict, tokenizer: Tokenizer) -> list[dict]:
-    """The pairs of a file, every one checked, with their chunks as int32 arrays.
+    """The pairs of a file, every one checked: "chunks" as int32 arrays, "tokens" of their groups.
 
     BadInput names file, line and key of the first that could not be trained on. It is said here,
     before any work: a pair that fails hours later, at its turn, fails again after each resume.
@@ -594,6 +594,8 @@ def checked_pair(row: dict, cfg: dict, tokenizer: Tokenizer) -> dict:
         raise BadInput(f"a prompt of {prompt} tokens and an answer of {longest} need "
                        f"{prompt + longest} positions, window is {cfg['window']}: raise window, or "
                        "build pairs with a lower n_chunks, chunk_size or max_new_tokens")
+    # Of its group in a stream: the prompt's last token is in each answer's branch instead.
+    pair["tokens"] = prompt - 1 + sum(len(answer) for answer in answers)
     return pair
 
 

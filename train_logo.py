@@ -442,6 +442,53 @@ def say_estimate(model: Llama) -> None:
     say(describe(trained, frozen, tokens, memory))
 
 
+def tokens_of(sample: Sample) -> int:
+    return train[sample.pair]["tokens"]
+
+
+def compare_layouts(model: Llama, optimizer) -> None:
+    """Loss and gradient of a real group against M + 1 full rows of it. BadInput: they differ."""
+    # The shortest of the first step: its rows take M + 1 times the memory of the shared prompt.
+    samples = step_samples(len(train), cfg, start_step)
+    group = load_batch([min(samples, key=tokens_of)], train)
+    found = []
+    for layout in (group, guard.full_rows(group)):
+        found.append(train_step(model, optimizer, [(layout, 1 / world)], lr=None))
+    guard.check_layouts(*found, cfg)
+
+
+def try_longest(model: Llama, optimizer) -> None:
+    """The run's longest groups, forward and backward: memory ends now, or not at their turn."""
+    samples = set()
+    for step in range(start_step, cfg["steps"]):
+        samples.update(step_samples(len(train), cfg, step))
+    longest = sorted(samples, key=lambda sample: (-tokens_of(sample), sample))[:cfg["micro_batch"]]
+    batch = load_batch(longest, train)
+    # AdamW's two moments, which the first update makes, take their room from the second step on.
+    moments = []
+    for p in model.parameters():
+        if p.requires_grad and not optimizer.state:
+            moments += [torch.empty_like(p), torch.empty_like(p)]
+    # The second micro-batch of a step meets the gradient of the first.
+    micro_batches = min(2, cfg["batch_size"] // (world * cfg["micro_batch"]))
+    train_step(model, optimizer, [(batch, 1 / world)] * micro_batches, lr=None)
+    optimizer.zero_grad()
+
+
+def first_look(model: Llama, optimizer) -> None:
+    """What would spoil the run in silence, or end it after hours. It changes no number."""
+    try:
+        if cfg["verify"]:
+            compare_layouts(model, optimizer)
+        try_longest(model, optimizer)
+    except torch.OutOfMemoryError as e:
+        longest = max(pair["tokens"] for pair in train)
+        raise BadInput(f"out of memory at the longest of the run's groups, up to {longest} tokens, "
+                       f"at micro_batch={cfg['micro_batch']}: in this order checkpointing=True, "
+                       "micro_batch=1, offload_activations=True, offload_params=True; ahead: "
+                       "python -m bench plan CONFIG") from e
+
+
 start_step = state["step"] if resumed else 0
 peak = None  # FLOP/s of the device on its datasheet, where we know it
 if rank == 0:
@@ -449,6 +496,8 @@ if rank == 0:
     peak = peak_flops(device)
     guard.keep_metrics(folder, start_step)
     say_estimate(model)
+if start_step < cfg["steps"]:
+    first_look(model, optimizer)
 if resumed:
     now = state["held_out"]
 else:

@@ -86,6 +86,8 @@ run = dict(
     endpoint_requests=16,    # requests to a server at a time
     strict=False,            # end at the first row that cannot be used, instead of leaving it out
 
+    verify=False,            # compare a group with M + 1 full rows first; where they differ, end
+
     # memory and machines
     micro_batch=1,           # groups in one forward pass of one process
     checkpointing=True,      # keep only the blocks' inputs, recompute the rest in backward

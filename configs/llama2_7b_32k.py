@@ -23,4 +23,5 @@ config = dict(
     lora_r=32, lora_alpha=16, train_also="embed,norm",
     # Public scripts: 5e-7, a rate for training all weights; LoRA usually wants 1e-5 to 2e-4.
     lr=2e-5,
+    verify=True,
 )

@@ -107,6 +107,7 @@ def test_the_papers_configs_train_the_papers_samples(path):
     cfg = load_config([str(path)])
     samples = cfg["n_examples"] * cfg["draws"]
     assert samples == 12_000
+    assert cfg["verify"] and not load_config([])["verify"]
     assert abs(cfg["steps"] * cfg["batch_size"] - samples) < cfg["batch_size"]
 
 

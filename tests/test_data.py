@@ -399,6 +399,7 @@ def test_a_pair_comes_back_as_it_was_written(tmp_path, tokenizer):
     path = write(tmp_path / "p.jsonl", {"settings": {"tokenizer": tokenizer.digest, "window": 99}}, ROW,
                  {"id": 4, "dropped": "chosen wrong"}, {**bare, "id": 5})
     first, second = data.load_pairs(path, config(), tokenizer)
+    assert first.pop("tokens") == len(data.encode_group(first, tokenizer, config()).tokens)  # of its group, counted beside
     assert [ids.dtype for ids in first["chunks"]] == [np.int32] * 2
     assert {**first, "chunks": [ids.tolist() for ids in first["chunks"]]} == ROW
     assert second["question"] is second["system"] is None and second["id"] == 5

@@ -3,6 +3,7 @@ import json
 import math
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -822,3 +823,99 @@ def test_training_alone_loads_neither_pairs_nor_evaluations(run, checkpointed, t
     shutil.rmtree(folder / "step_000004")
     done = launch(str(ROOT), *arguments(run, folder, "save_interval=2", *LORA, "resume=auto"), processes=0, script=str(script))
     assert "resumed from" in done.stdout and "loaded []" in done.stdout, done.stdout + done.stderr
+
+
+# -------------------------------------------------------------------------------------------- the first look
+
+def variant(tmp_path, *changes, before=""):
+    """train_logo.py with some of its text changed, and some code run before it, as a script elsewhere."""
+    text = (ROOT / "train_logo.py").read_text()
+    for old, new in changes:
+        assert text.count(old) == 1
+        text = text.replace(old, new)
+    path = tmp_path / "train_variant.py"
+    path.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{before}\n{text}")
+    return str(path)
+
+
+@pytest.mark.parametrize("mode", [(), LORA], ids=["full", "lora"])
+def test_the_first_look_changes_no_number(run, tmp_path, mode):
+    unseen = variant(tmp_path, ("    first_look(model, optimizer)\n", "    pass\n"))
+    done = launch(*arguments(run, tmp_path / "unseen", *mode), script=unseen)
+    assert done.returncode == 0 and "verify" not in done.stdout, done.stderr
+    done = launch(*arguments(run, tmp_path / "verified", *mode, "verify=True"))
+    assert done.returncode == 0 and done.stdout.count("verify: a group is as in full rows") == 1, done.stderr
+    same_run(tmp_path / "unseen", tmp_path / "verified")
+    assert losses(tmp_path / "unseen") == losses(run(*mode))
+
+
+OPEN_MASK = """
+import model, torch
+def open_mask(P, lengths):
+    return torch.full((sum(lengths), P + sum(lengths)), float("-inf")).triu_(P + 1)
+model.answer_mask = open_mask
+"""
+LATE_MASK = """
+import model, torch
+right = model.answer_mask
+def late_mask(P, lengths):
+    mask = right(P, lengths)
+    mask[:, P // 2] = float("-inf") if P > 1 else 0
+    return mask
+model.answer_mask = late_mask
+"""
+
+
+@pytest.mark.parametrize("plant, processes", [(OPEN_MASK, 0), (LATE_MASK, 0), (LATE_MASK, 2)],
+                         ids=["answers see each other", "one token unseen", "two processes"])
+def test_a_wrong_layout_is_refused_before_the_first_step(run, tmp_path, plant, processes):
+    wrong = variant(tmp_path, before=plant)
+    words = arguments(run, tmp_path / "run", "verify=True")
+    done = launch(*words, script=wrong, processes=processes)
+    said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 1 and len(said) == 1 and metrics(tmp_path / "run") == [], done.stderr
+    assert re.match(r"error: verify: (loss|grad_norm) of a group is \d\.\d+ with its prompt shared by its answers, \d\.\d+ in", said[0])
+    assert "in full rows, expected the same but for 0.01 % (float32)" in said[0]
+    assert processes or len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_right_layout_passes_in_both_precisions_at_a_large_beta(run, tmp_path, dtype):
+    done = launch(*arguments(run, tmp_path, "steps=1", "verify=True", "beta=10", "gamma=3", f"pairs={tmp_path}/p.jsonl", f"dtype={dtype}"),
+                  processes=0)
+    assert done.returncode == 0 and "verify: a group is as in full rows" in done.stdout, done.stderr
+
+
+LENGTHS = """
+import model, torch
+forward = model.Llama.forward
+def spied(self, tokens, *rest):
+    if torch.is_grad_enabled():
+        print("forward of", len(tokens), flush=True)
+        {what}
+    return forward(self, tokens, *rest)
+model.Llama.forward = spied
+"""
+
+
+def test_the_longest_groups_of_the_run_come_first(run, tmp_path):
+    """Two micro-batches of the longest samples of all steps, counted here from the encoded groups."""
+    done = launch(*arguments(run, tmp_path / "run", "steps=3"), script=variant(tmp_path, before=LENGTHS.format(what="")), processes=0)
+    assert done.returncode == 0, done.stderr
+    cfg = json.loads((tmp_path / "run" / "config.json").read_text())
+    tokenizer = load_tokenizer(TINY)
+    pairs = load_pairs(cfg["pairs"], cfg, tokenizer)
+    assert [pair["tokens"] for pair in pairs] == [len(data.encode_group(pair, tokenizer, cfg).tokens) for pair in pairs]
+    train, _ = data.split_pairs(pairs, cfg["held_out"])
+    steps = [data.step_samples(len(train), cfg, step) for step in range(3)]
+    lengths = sorted((train[sample.pair]["tokens"] for sample in set(sum(steps, []))), reverse=True)
+    first, second, *others = [int(line.split()[-1]) for line in done.stdout.splitlines() if line.startswith("forward of")]
+    assert first == second == sum(lengths[:4]) and len(others) == 6 and max(others) <= first
+
+
+def test_out_of_memory_is_one_line_before_the_first_step(run, tmp_path):
+    full = LENGTHS.format(what="raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB.')")
+    done = launch(*arguments(run, tmp_path / "run"), script=variant(tmp_path, before=full), processes=0)
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert done.stderr.startswith("error: out of memory at the longest of the run's groups, up to ") and "checkpointing=True, micro_batch=1" in done.stderr
+    assert metrics(tmp_path / "run") == []
