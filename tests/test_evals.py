@@ -630,6 +630,16 @@ def test_preferences_take_prompts_from_the_header_and_the_rest_from_the_command_
     assert found[3]["rewards/margins"] == pytest.approx(2 * found[0]["rewards/margins"], rel=1e-5)
 
 
+def test_preferences_use_the_chat_template_of_the_pairs(run, tmp_path, monkeypatch):
+    header, *lines = (run / "pairs.jsonl").read_text().splitlines()
+    settings = {**json.loads(header)["settings"], "template": "plain"}
+    (tmp_path / "pairs.jsonl").write_text("\n".join([json.dumps({"settings": settings}), *lines]) + "\n")
+    asked = []
+    monkeypatch.setattr(preferences, "load_tokenizer", lambda folder, template: asked.append(template) or load_tokenizer(folder, template))
+    main(["preferences", TINY, f"pairs={tmp_path / 'pairs.jsonl'}", "config=configs/tiny.py", "last=1", f"out={tmp_path}"])
+    assert asked == ["plain"]
+
+
 @pytest.mark.parametrize("words, message", [
     ([], "does not say window, positions, sparse_share, draws, beta, gamma"), (["window=1024", "beta=2"], "does not say positions"),
     (["config=configs/tiny.py", "positions=sideways"], "positions is 'sideways'")])
