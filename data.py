@@ -558,7 +558,7 @@ def load_pairs(path: str, cfg: dict, tokenizer: Tokenizer) -> list[dict]:
     line_of = {}
     for number, row in read_lines(path):
         where = f"{path}, line {number}"
-        if "dropped" in row or (number == 1 and "settings" in row):
+        if is_text(row.get("dropped")) or (number == 1 and "settings" in row):
             continue
         try:
             pair = checked_pair(row, cfg, tokenizer)

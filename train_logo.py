@@ -181,8 +181,13 @@ if resumed and state["pairs"] != pairs_digest:
                    "(their sha256 differs)")
 train, held_out = split_pairs(pairs, cfg["held_out"])
 if not train:
-    raise BadInput(f"{pairs_path(cfg)}: {len(pairs)} pairs, expected more than "
-                   f"held_out={cfg['held_out']}")
+    raise BadInput(f"{pairs_path(cfg)}: {len(pairs)} pairs, and none is of another document than "
+                   f"the last {len(held_out)}: expected more, or a lower held_out="
+                   f"{cfg['held_out']}")
+largest_id = max(int(ids.max()) for pair in pairs for ids in pair["chunks"])
+if largest_id >= model.config.vocab_size:  # a tokenizer may have words that the model does not
+    raise BadInput(f"{pairs_path(cfg)}: has the token id {largest_id}, the model in {cfg['model']} "
+                   f"has {model.config.vocab_size}")
 
 
 # ---------------------------------------------------------------------------- 3. model and sharding

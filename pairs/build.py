@@ -47,7 +47,7 @@ from data import (
 )
 from model import Llama
 from pairs.answers import audit, fault_of_chosen, is_right, keep_rejected
-from pairs.corpus import read_examples
+from pairs.corpus import Examples, read_examples
 from pairs.parts import Merge, part_of, parts_of, pause, write_part
 from pairs.policy import Endpoint, Failure, Local, Request
 from tokenizer import Tokenizer
@@ -367,7 +367,7 @@ def start_worker(parent: int) -> None:
 
 # ----------------------------------------------------------------------------------------- the file
 
-def header(cfg: dict, tokenizer: Tokenizer, endpoint_model: str) -> dict:
+def header(cfg: dict, tokenizer: Tokenizer, endpoint_model: str, examples: Sequence) -> dict:
     """What the pairs are made by: files whose headers differ do not mix."""
     keys = ["model", "adapter", "examples", "dtype", *default_groups()["build"]]
     settings = {key: cfg[key] for key in keys}
@@ -375,6 +375,8 @@ def header(cfg: dict, tokenizer: Tokenizer, endpoint_model: str) -> dict:
     settings["endpoint_model"] = endpoint_model
     # Chunks are token ids, which another tokenizer would read as other words.
     settings["tokenizer"] = tokenizer.digest
+    # A corpus is shuffled whole. One that has grown is another order, so an id another example.
+    settings["corpus_size"] = len(examples.corpus) if isinstance(examples, Examples) else 0
     return settings
 
 
@@ -385,7 +387,10 @@ def read_built(path: str) -> tuple[dict | None, set[int]]:
     cut_torn_line(path)
     if not os.path.getsize(path):
         return None, set()
-    done = {row.get("id") for number, row in read_lines(path) if number > 1}
+    done = set()
+    for number, row in read_lines(path):
+        if number > 1 and type(row.get("id")) is int:
+            done.add(row["id"])
     return read_header(path), done
 
 
@@ -408,10 +413,13 @@ def cut_torn_line(path: str) -> None:
 
 
 def refuse_other_settings(path: str, built: dict, settings: dict) -> None:
-    # Keys of both: a file from an earlier version may lack some, or have others.
+    # Keys of both: a file from an earlier version may have others. One that it lacks is newer than
+    # the file, which was built as its default says.
+    defaults = default_groups()["build"]
     for key in {**settings, **built}:
-        if built.get(key) != settings.get(key):
-            raise BadInput(f"{path}: was built with {key}={built.get(key)!r}, now it is "
+        found = built.get(key, defaults.get(key, settings.get(key)))
+        if found != settings.get(key):
+            raise BadInput(f"{path}: was built with {key}={found!r}, now it is "
                            f"{settings.get(key)!r}: name another file with pairs=, or remove it")
 
 
@@ -480,7 +488,7 @@ def begin(cfg: dict, tokenizer: Tokenizer) -> Work:
     elif built and cfg["endpoint"] and not endpoint_model:
         # Nothing will be asked of the server. It may be gone by now, to make room for the training.
         endpoint_model = built.get("endpoint_model")
-    settings = header(cfg, tokenizer, endpoint_model)
+    settings = header(cfg, tokenizer, endpoint_model, examples)
     if built is None:
         start_file(path, settings)
         # Of a file that is no longer there, perhaps of other weights under the same name.
@@ -626,7 +634,7 @@ def print_summary(path: str, n: int) -> None:
     # From the file, since most of it may be the work of earlier builds.
     for number, row in read_lines(path):
         if "dropped" in row:
-            reasons[row["dropped"]] += 1
+            reasons[str(row["dropped"])] += 1
         elif number > 1:
             pairs += 1
     said = f"{path}: {pairs} pairs of {n} examples"

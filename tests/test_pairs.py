@@ -21,6 +21,7 @@ from data import encode_group, load_pairs, read_header, words_evaluator
 from generate import generate
 from pairs.answers import is_right, normalize
 from pairs.build import Writer, build_pairs, draft, question_in
+from pairs.corpus import open_corpus
 from pairs.parts import Merge, parts_of, write_part
 from pairs.policy import Local, Request
 from tokenizer import load_tokenizer
@@ -771,7 +772,7 @@ def test_the_header_says_what_the_pairs_are_made_by(tmp_path, tokenizer):
     build(tmp_path / "p.jsonl", examples=2)
     cfg = config("n_examples=2", "build_batch=5", "temperature=0.7")
     expected = {key: cfg[key] for key in ("model", "adapter", "examples", "dtype", *default_groups()["build"])}
-    assert read_header(tmp_path / "p.jsonl") == {**expected, "tokenizer": tokenizer.digest}
+    assert read_header(tmp_path / "p.jsonl") == {**expected, "tokenizer": tokenizer.digest, "corpus_size": 0}
 
 
 @pytest.mark.parametrize("key, other", [("adapter", "other"), ("dtype", "bfloat16"), ("tokenizer", "0123456789abcdef"), ("model", "other"),
@@ -783,6 +784,26 @@ def test_a_file_made_by_anything_else_is_refused_by_its_key(tmp_path, key, other
     path.write_text(json.dumps({"settings": {**settings, key: other}}) + "\n" + rest)
     with pytest.raises(BadInput, match=f"p.jsonl: was built with {key}='?{other}'?, now it is "):
         build(path, examples=2)
+
+
+def test_a_corpus_that_has_grown_is_refused_and_a_newer_key_is_its_default(tmp_path):
+    """One that has grown is another order of documents: an id would mean another example."""
+    rows = [{"context": f" Rosa paints in Naples. Snow falls in Turin {i}." * 9, "question": "Who is Rosa?", "answers": ["Naples"]} for i in range(6)]
+    corpus, path = tmp_path / "c.jsonl", tmp_path / "p.jsonl"
+    corpus.write_text("".join(json.dumps(row) + "\n" for row in rows[:4]))
+    first, _, rest = build(path, f"examples={corpus}", examples=2).decode().partition("\n")
+    settings = json.loads(first)["settings"]
+    assert settings["corpus_size"] == 4
+    older = {key: value for key, value in settings.items() if key not in ("questions", "corpus_size")}
+    path.write_text(json.dumps({"settings": older}) + "\n" + rest)
+    build(path, f"examples={corpus}", examples=2)                  # lacks a key, which then has its default
+    with pytest.raises(BadInput, match="was built with questions=1, now it is 2"):
+        build(path, f"examples={corpus}", "questions=2", examples=2)
+    path.write_text(first + "\n" + rest)
+    corpus.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    open_corpus.cache_clear()                                       # as another process reads it
+    with pytest.raises(BadInput, match="was built with corpus_size=4, now it is 6"):
+        build(path, f"examples={corpus}", examples=2)
 
 
 def test_answers_of_two_models_of_a_server_do_not_mix(tmp_path, server):

@@ -151,6 +151,27 @@ def corrupt(folder, name, content):
     return f"model={folder}"
 
 
+def test_a_token_that_the_model_does_not_have_is_refused_before_any_step(tmp_path):
+    """A tokenizer with an added word, as finetunes have; on a GPU an assert without a place."""
+    given, pairs = tmp_path / "given", tmp_path / "pairs.jsonl"
+    given.mkdir()
+    spec = json.loads((TINY / "tokenizer.json").read_text())
+    spec["added_tokens"].append({**spec["added_tokens"][0], "id": 600, "content": "<|more|>"})
+    model = corrupt(given, "tokenizer.json", json.dumps(spec).encode())
+    words = ["configs/tiny.py", *SMALL, "fresh_questions=0", f"out={tmp_path / 'run'}", model, f"pairs={pairs}"]
+    built = subprocess.run([sys.executable, "-m", "pairs", *words], cwd=ROOT, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    lines = pairs.read_text().splitlines()
+    place = next(i for i, line in enumerate(lines) if "chosen" in json.loads(line))
+    row = json.loads(lines[place])
+    row["chunks"][0][0] = 600
+    lines[place] = json.dumps(row)
+    pairs.write_text("\n".join(lines) + "\n")
+    done = launch(*words, processes=0)
+    assert done.returncode == 1 and "has the token id 600, the model in" in done.stderr, done.stderr
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
 @pytest.mark.parametrize("case, message", [
     (lambda d: "gama=2", "unknown key 'gama', did you mean 'gamma'?"),
     (lambda d: f"model={d}/nowhere", "nowhere"),
