@@ -208,7 +208,7 @@ def score(argv: list[str]) -> int:
     dropped = Counter()
     selected = []
     blocks = missing_blocks(cfg, len(examples), set())
-    for block in drafts(cfg, tokenizer, evaluator, examples, blocks):
+    for block in drafts(cfg, tokenizer, evaluator, examples, blocks, 1):
         for new in block:
             if new.dropped:
                 dropped[new.dropped] += 1
