@@ -1033,7 +1033,8 @@ def load_trained(folder: str, base: str) -> tuple[Llama, str]:
         dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[cfg["dtype"]]
         model = load_pretrained(base, dtype)
         model.config = read_config(config_path(base, cfg["adapter"]))
-        model.config.extend(cfg["window"], cfg["rope_theta"])  # as the run did
+        # As the run did. One of before YaRN was a key had none.
+        model.config.extend(cfg["window"], cfg["rope_theta"], cfg.get("yarn_factor", 0.0))
         model.train_only(cfg["lora_r"], cfg["lora_alpha"], cfg["lora_targets"], cfg["train_also"])
     load_checkpoint(folder, state, model)
     return model, base

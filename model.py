@@ -103,10 +103,18 @@ class LlamaConfig:
     rope: dict = field(default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0})
     raw: dict = field(default_factory=dict)
 
-    def extend(self, window: int, rope_theta: float = 0.0) -> None:
-        """Announce a longer window in the export; change the RoPE base where one is given."""
+    def extend(self, window: int, rope_theta: float = 0.0, yarn_factor: float = 0.0) -> None:
+        """Announce a longer window in the export; change RoPE's base or scaling where one is given.
+
+        yarn_factor: the longer window in windows of the pre-training (arXiv 2309.00071).
+        """
         if rope_theta:
             self.rope["rope_theta"] = rope_theta
+        if yarn_factor:
+            # Other scalings (linear, llama3) are not YaRN's to build upon: their keys go.
+            kept = ("rope_theta", "original_max_position_embeddings")
+            self.rope = {key: self.rope[key] for key in kept if key in self.rope}
+            self.rope.update(rope_type="yarn", factor=yarn_factor)
         if self.rope["rope_type"] == "yarn":
             # YaRN's ramp is drawn for the window of the pre-training, which is forgotten below.
             before = self.max_position_embeddings

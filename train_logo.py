@@ -103,7 +103,7 @@ check_fit(cfg, tokenizer)
 lora = {key: cfg[key] for key in ("lora_r", "lora_alpha", "lora_targets", "train_also")}
 with torch.device("meta"):  # shapes only, so that what does not fit is said now; filled in stage 3
     model = Llama(read_config(config_path(cfg["model"], cfg["adapter"])))
-    model.config.extend(cfg["window"], cfg["rope_theta"])
+    model.config.extend(cfg["window"], cfg["rope_theta"], cfg["yarn_factor"])
     model.train_only(**lora)
 guard.check_lora(cfg, model)
 
@@ -161,13 +161,12 @@ else:
     from pairs.build import build_pairs
 
     before = {"right_answers": right_answers(policy, "before")}
-    if cfg["rope_theta"] and cfg["fresh_questions"]:
-        # What the longer base does without training: the control that training has to beat.
-        rope = policy().config.rope
-        own_theta = rope["rope_theta"]
-        rope["rope_theta"] = cfg["rope_theta"]
-        before["right_answers_rope_theta"] = right_answers(policy, "before, rope_theta only")
-        rope["rope_theta"] = own_theta
+    if (cfg["rope_theta"] or cfg["yarn_factor"]) and cfg["fresh_questions"]:
+        # What the longer RoPE does without training: the control that training has to beat.
+        own = policy().config
+        policy().config = model.config
+        before["right_answers_rope"] = right_answers(policy, "before, longer RoPE only")
+        policy().config = own
     lap("questions_before")
     build_pairs(cfg, policy, tokenizer, rank, world)
     lap("pairs")

@@ -223,6 +223,8 @@ def check_settings(cfg: dict) -> None:
     for key in ("grad_clip", "lora_alpha"):
         if not cfg[key]:  # no way to turn it off: every update, or LoRA's part of it, would be 0
             refuse(key, cfg[key], "more than 0")
+    if 0 < cfg["yarn_factor"] < 1:
+        refuse("yarn_factor", cfg["yarn_factor"], "0 or at least 1")
     if not 0 < cfg["top_p"] <= 1:
         refuse("top_p", cfg["top_p"], "more than 0 and at most 1")
     if 0 < cfg["candidates"] < cfg["n_rejected"]:

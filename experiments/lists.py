@@ -8,7 +8,8 @@ YARN = {
     "rope_theta": 0.0,  # the checkpoint's own
 }
 YARN_PLAIN = {**YARN, "rope_scaling": {**YARN["rope_scaling"], "attention_factor": 1.0}}
-NTK = {"rope_scaling": {"rope_type": "dynamic", "factor": 8.0}, "rope_theta": 0.0}
+# NTK-aware: the base at which the slowest pair turns 8 times slower, theta * 8^(D / (D - 2)).
+NTK = {"rope_theta": 10_000 * 8 ** (32 / 30)}
 LINEAR = {"rope_scaling": {"rope_type": "linear", "factor": 8.0}, "rope_theta": 0.0}
 
 # What a model can do without training, at several rotary bases and scalings.
@@ -16,7 +17,7 @@ REFERENCES = {
     "the base": {"steps": 0, "rope_theta": 0.0},
     "theta alone": {"steps": 0},
     "linear": {"steps": 0, **LINEAR},
-    "dynamic NTK": {"steps": 0, **NTK},
+    "NTK": {"steps": 0, **NTK},
     "YaRN without its temperature": {"steps": 0, **YARN_PLAIN},
     "YaRN": {"steps": 0, **YARN},
 }
@@ -30,7 +31,7 @@ SCREEN = {
 }
 
 # What the search came to, and SFT on the same answers, at the same positions, for as many steps.
-RECIPE = {**YARN, "n_examples": 4800}
+RECIPE = {"yarn_factor": 8.0, "rope_theta": 0.0, "n_examples": 4800}
 SFT = {"beta": 0.0}
 RECIPES = {
     "LOGO": RECIPE,

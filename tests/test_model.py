@@ -302,6 +302,21 @@ def test_frequencies_of_any_shape_equal_transformers_to_the_bit(kind, head_dim, 
             assert torch.equal(frequencies, expected) and scale == expected_scale, (theta, window)
 
 
+@pytest.mark.parametrize("rope_theta", [0.0, 300_000.0])
+@pytest.mark.parametrize("kind", ["default", "linear", "yarn", "llama3"])
+def test_yarn_by_a_key_is_transformers_yarn(tmp_path, kind, rope_theta):
+    """In place of the checkpoint's scaling, from the window of its pre-training."""
+    hf_model(ROPES[kind], max_position_embeddings=128).config.save_pretrained(tmp_path)
+    config = read_config(tmp_path / "config.json")
+    own = ROPES[kind].get("original_max_position_embeddings", 128)
+    config.extend(1024, rope_theta, yarn_factor=4.0)
+    rope = {"rope_type": "yarn", "rope_theta": rope_theta or 10000.0, "factor": 4.0, "original_max_position_embeddings": own}
+    assert config.rope == rope and config.max_position_embeddings == 1024
+    theirs = hf_model(rope, max_position_embeddings=1024).model.rotary_emb
+    frequencies, scale = model_file.rope_frequencies(config)
+    assert torch.equal(frequencies, theirs.inv_freq) and scale == theirs.attention_scaling
+
+
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("rope", ROPES)
 def test_angles_are_exact_at_position_60000_in_bf16(tmp_path, rope, autocast):

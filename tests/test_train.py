@@ -121,7 +121,11 @@ def test_the_first_loss_is_the_papers_formula_on_transformers_logits(run):
     result = json.loads((run() / "result.json").read_text())
     cfg = result["config"]
     settings = transformers.AutoConfig.from_pretrained(ROOT / cfg["model"])
-    settings.rope_parameters["rope_theta"] = cfg["rope_theta"]
+    if cfg["rope_theta"]:
+        settings.rope_parameters["rope_theta"] = cfg["rope_theta"]
+    if cfg["yarn_factor"]:
+        settings.rope_parameters.update(rope_type="yarn", factor=cfg["yarn_factor"],
+                                        original_max_position_embeddings=settings.max_position_embeddings)
     model = transformers.AutoModelForCausalLM.from_pretrained(ROOT / cfg["model"], config=settings, dtype=torch.float64)
     tokenizer, total = load_tokenizer(ROOT / cfg["model"]), 0.0
     pairs = load_pairs(cfg["pairs"], cfg, tokenizer)[-cfg["held_out"]:]
@@ -514,7 +518,7 @@ def test_a_held_out_pair_that_is_not_finite_is_left_out_by_name(run, tmp_path, p
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["skipped"] == [bad] and all("skipped" not in m for m in metrics(tmp_path / "run"))
     model = load_pretrained(tmp_path / "model")
-    model.config.extend(cfg["window"], cfg["rope_theta"])
+    model.config.extend(cfg["window"], cfg["rope_theta"], cfg["yarn_factor"])
     alone = []
     for pair in held_out[:-1]:
         group = data.encode_group(pair, tokenizer, cfg)
@@ -536,7 +540,7 @@ def test_the_steps_other_pairs_count_alike(faulty):
     _, ids, folder, _ = faulty
     cfg = json.loads((folder / "run" / "config.json").read_text())
     tokenizer, model = load_tokenizer(TINY), load_pretrained(folder / "model")
-    model.config.extend(cfg["window"], cfg["rope_theta"])
+    model.config.extend(cfg["window"], cfg["rope_theta"], cfg["yarn_factor"])
     train, _ = data.split_pairs(load_pairs(cfg["pairs"], cfg, tokenizer), cfg["held_out"])
     losses = []
     for pair, draw, epoch in data.step_samples(len(train), cfg, 0):
