@@ -38,6 +38,7 @@ from torch.distributed.tensor import DTensor
 
 from configs import BadInput, exit_on_bad_input, read_json, reading, write_json
 from model import Llama, LlamaConfig, LoRALinear
+from tokenizer import Tokenizer, load_tokenizer
 
 Tensors = dict[str, Tensor]
 Settings = dict[str, Any]  # what a JSON file holds
@@ -540,18 +541,35 @@ def merged_weights(model: Llama, dtype: torch.dtype | None = None) -> Iterator[T
         yield tensor.to(target)
 
 
+class Chats(NamedTuple):
+    """How a model is talked to."""
+    folder: str                  # with the files of its tokenizer
+    tokenizer: Tokenizer | None  # None where the folder has none: then there is nothing to say
+
+
+def chats_of(folder: str | None, template: str) -> Chats | None:
+    """Read before anything is written. BadInput for a tokenizer or template that is none."""
+    if not folder:
+        return None
+    tokenizer = None
+    if exists(join(folder, "tokenizer.json")) or exists(join(folder, "tokenizer.model")):
+        tokenizer = load_tokenizer(folder, template)
+    return Chats(folder, tokenizer)
+
+
 def save_pretrained(model: Llama, folder: str, dtype: torch.dtype | None = None,
-                    tokenizer: str | None = None, write: bool = True) -> None:
+                    tokenizer: str | None = None, template: str = "auto", write: bool = True
+                    ) -> None:
     """Write a folder that transformers opens: config.json, weights, the tokenizer's files.
 
     What is at `folder` is replaced as a whole. dtype: of the weights; None: as they are. tokenizer:
-    the folder to copy its files from. Sharded: all processes call it, one with write=True; that
-    one's memory holds one file of 4 GiB at a time.
+    the folder to copy its files from. template: of the chats that were trained on. Sharded: all
+    processes call it, one with write=True; that one's memory holds one file of 4 GiB at a time.
     """
     tensors = merged_weights(model, dtype)
     try:
         if write:
-            write_model(model, tensors, folder, dtype, tokenizer)
+            write_model(model, tensors, folder, dtype, chats_of(tokenizer, template))
     finally:
         # A process that writes nothing, or could not, still takes part in gathering the rest.
         for _ in tensors:
@@ -559,7 +577,7 @@ def save_pretrained(model: Llama, folder: str, dtype: torch.dtype | None = None,
 
 
 def write_model(model: Llama, tensors: Iterator[Tensor], folder: str, dtype: torch.dtype | None,
-                tokenizer: str | None) -> None:
+                chats: Chats | None) -> None:
     files = files_of_names(model, dtype)
     with writing(folder) as tmp:
         for file, names in files.items():
@@ -570,7 +588,7 @@ def write_model(model: Llama, tensors: Iterator[Tensor], folder: str, dtype: tor
                 weight_map.update(dict.fromkeys(names, file))
             index = join(tmp, "model.safetensors.index.json")
             write_json({"metadata": {}, "weight_map": weight_map}, index)
-        write_config(model, tmp, dtype or model.model.norm.weight.dtype, tokenizer)
+        write_config(model, tmp, dtype or model.model.norm.weight.dtype, chats)
 
 
 def files_of_names(model: Llama, dtype: torch.dtype | None) -> dict[str, list[str]]:
@@ -592,16 +610,16 @@ def files_of_names(model: Llama, dtype: torch.dtype | None) -> dict[str, list[st
     return files
 
 
-def write_config(model: Llama, folder: str, dtype: torch.dtype, tokenizer: str | None) -> None:
-    """config.json, and the tokenizer's files out of the folder `tokenizer`."""
+def write_config(model: Llama, folder: str, dtype: torch.dtype, chats: Chats | None) -> None:
+    """config.json, and the tokenizer's files."""
     config = config_json(model.config)
     config["dtype"] = str(dtype).removeprefix("torch.")
     write_json(config, join(folder, "config.json"))
-    if not tokenizer:
+    if not chats:
         return
     for name in TOKENIZER_FILES:
-        if exists(join(tokenizer, name)):
-            shutil.copy(join(tokenizer, name), folder)
+        if exists(join(chats.folder, name)):
+            shutil.copy(join(chats.folder, name), folder)
     # transformers cuts text at the tokenizer's own limit, whatever window config.json announces.
     path = join(folder, "tokenizer_config.json")
     settings = read_json(path) if exists(path) else {}
@@ -609,6 +627,34 @@ def write_config(model: Llama, folder: str, dtype: torch.dtype, tokenizer: str |
     if type(limit) in (int, float) and limit < model.config.max_position_embeddings:
         settings["model_max_length"] = model.config.max_position_embeddings
         write_json(settings, path)
+    if chats.tokenizer:
+        write_chats(chats.tokenizer, settings, folder)
+
+
+def write_chats(tokenizer: Tokenizer, settings: Settings, folder: str) -> None:
+    """What a chat looks like and where an answer ends, for transformers and what stands on it.
+
+    The base's own word counts: its sampling and its chat template stay, what is missing is added.
+    """
+    if "chat_template" not in settings and not exists(join(folder, "chat_template.jinja")):
+        with open(join(folder, "chat_template.jinja"), "w", encoding="utf-8") as f:
+            f.write(tokenizer.jinja())
+
+    path = join(folder, "generation_config.json")
+    generation = read_json(path) if exists(path) else {}
+    ends = generation.get("eos_token_id") or []
+    if isinstance(ends, int):
+        ends = [ends]
+    # A base model may name the end of a text alone, after which one that learned turns never stops.
+    for stop in tokenizer.chat("", "")[2]:
+        if stop not in ends:
+            ends.append(stop)
+    generation["eos_token_id"] = ends
+    if tokenizer.bos_id is not None:
+        generation.setdefault("bos_token_id", tokenizer.bos_id)
+    # Without one transformers takes the same, and says so at each call.
+    generation.setdefault("pad_token_id", ends[0])
+    write_json(generation, path)
 
 
 # ------------------------------------------------------------------------------- adapters
@@ -635,7 +681,8 @@ def adapter_tensors(model: Llama) -> tuple[Tensors, list[str]]:
 
 
 def save_adapter(model: Llama, folder: str, base: str, lora: Settings,
-                 tokenizer: str | None = None, write: bool = True) -> None:
+                 tokenizer: str | None = None, template: str = "auto", write: bool = True
+                 ) -> None:
     """Write what was trained for PEFT: LoRA's matrices, and in full what modules_to_save names.
 
     base: the folder of the frozen model. lora: lora_r, lora_alpha, lora_targets. config.json holds
@@ -647,15 +694,19 @@ def save_adapter(model: Llama, folder: str, base: str, lora: Settings,
     tensors = {key: full_tensor(p).clone() for key, p in parameters.items()}
     if not write:
         return
+    chats = chats_of(tokenizer, template)
     targets = [target.strip() for target in lora["lora_targets"].split(",")]
     settings = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base,
                 "r": lora["lora_r"], "lora_alpha": lora["lora_alpha"], "lora_dropout": 0.0,
                 "bias": "none", "inference_mode": True, "target_modules": targets,
                 "modules_to_save": modules or None}
+    if model.config.tie_word_embeddings and "model.embed_tokens" in modules:
+        # They stay one tensor in PEFT as well, else it warns of two that part when it goes on.
+        settings["ensure_weight_tying"] = True
     with writing(folder) as tmp:
         write_tensors(tensors, join(tmp, "adapter_model.safetensors"))
         write_json(settings, join(tmp, "adapter_config.json"))
-        write_config(model, tmp, next(iter(parameters.values())).dtype, tokenizer)
+        write_config(model, tmp, next(iter(parameters.values())).dtype, chats)
 
 
 # What PEFT can do beyond plain LoRA, and the values that mean that it does not.
@@ -1009,22 +1060,28 @@ def merge(source: str, out: str, base: str = "") -> None:
     if exists(out):
         raise BadInput(f"{out}: is already there")
     if exists(join(source, "adapter_config.json")):
-        model, base = load_adapted(source, base)
+        model, base, template = load_adapted(source, base)
     else:
-        model, base = load_trained(source, base)
-    save_pretrained(model, out, dtype_of(base), tokenizer=base)
+        model, base, template = load_trained(source, base)
+    save_pretrained(model, out, dtype_of(base), base, template)
     print(f"{out}: {source} on {base}")
 
 
-def load_adapted(folder: str, base: str) -> tuple[Llama, str]:
-    """The model that an adapter makes of its base, and the base: that given, else that it names."""
+def load_adapted(folder: str, base: str) -> tuple[Llama, str, str]:
+    """The model that an adapter makes of its base; the base: that given, else that it names; the
+    chat template: that of the adapter's own tokenizer."""
     path = join(folder, "adapter_config.json")
     base = base or checked(read_json(path), "base_model_name_or_path", TEXT, path)
-    return load_pretrained(base, dtype_of(base), adapter=folder), base
+    template = "auto"
+    chats = chats_of(folder, template)
+    if chats.tokenizer:
+        template = chats.tokenizer.template
+    return load_pretrained(base, dtype_of(base), adapter=folder), base, template
 
 
-def load_trained(folder: str, base: str) -> tuple[Llama, str]:
-    """The model that a checkpoint was taken of, and its base: that given, else that of the run."""
+def load_trained(folder: str, base: str) -> tuple[Llama, str, str]:
+    """The model that a checkpoint was taken of; its base: that given, else that of the run; the
+    run's chat template."""
     state = read_state(folder)
     path = join(folder, "state.json")
     with reading(path):
@@ -1036,8 +1093,9 @@ def load_trained(folder: str, base: str) -> tuple[Llama, str]:
         # As the run did. One of before YaRN was a key had none.
         model.config.extend(cfg["window"], cfg["rope_theta"], cfg.get("yarn_factor", 0.0))
         model.train_only(cfg["lora_r"], cfg["lora_alpha"], cfg["lora_targets"], cfg["train_also"])
+        template = checked({"template": "auto", **cfg}, "template", TEXT, path)
     load_checkpoint(folder, state, model)
-    return model, base
+    return model, base, template
 
 
 if __name__ == "__main__":

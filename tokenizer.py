@@ -98,8 +98,10 @@ TEMPLATES = {
         tail="{text}",
         stops="<eos>"),
 }
-# QwQ, Qwen3-Thinking; DeepSeek-R1's distillates. In Jinja's text a new line may be spelled \\n.
-ALWAYS_THINKS = re.compile(r"(?:<\|im_start\|>assistant(?:\n|\\n)|<｜Assistant｜>)<think>")
+# QwQ, Qwen3-Thinking; DeepSeek-R1's distillates. An empty thought is none. In Jinja's text a new
+# line may be spelled \\n.
+ALWAYS_THINKS = re.compile(r"(?:<\|im_start\|>assistant(?:\n|\\n)|<｜Assistant｜>)<think>"
+                           r"(?!(?:\n|\\n){2}</think>)")
 CONTROL = re.compile(r"(<\|\w+\|>|</?think>|<bos>|<eos>)")
 
 
@@ -501,6 +503,35 @@ class Tokenizer:
             raise BadInput(f"template {self.template} ends answers with {template.stops}: "
                            "found no such token in this folder")
         return self._fill(head), self._fill([(template.tail, user_tail)]), stops
+
+    def jinja(self) -> str:
+        """The template as a chat template of transformers, for a folder that came without one.
+
+        It makes the prompts that chat() makes: a system message if there is one, a user's turn, the
+        answer. It begins with the marker by which find_template knows it.
+        """
+        template = TEMPLATES[self.template]
+        content = "{{ message.content }}"
+        user = template.user.replace("{text}", content) + template.tail.replace("{text}", "")
+        stop = self._names[self.chat("", "")[2][0]]
+        default = ""
+        if template.default_system:
+            system = template.system.replace("{text}", template.default_system)
+            default = "{% if messages[0].role != 'system' %}" + system + "{% endif %}"
+        parts = [
+            "{# " + template.marker + " #}",
+            template.begin,
+            default,
+            "{% for message in messages %}{% if message.role == 'system' %}",
+            template.system.replace("{text}", content),
+            "{% elif message.role == 'user' %}",
+            user,
+            "{% else %}",
+            content + stop,
+            "{% endif %}{% endfor %}",
+        ]
+        bos = "" if self.bos_id is None else self._names[self.bos_id]
+        return "".join(parts).replace("<bos>", bos)
 
     def _fill(self, forms: list[tuple[str, str]]) -> list[int]:
         """(format, text) pairs -> ids. Control tokens come out before text goes in: it has none."""

@@ -555,8 +555,9 @@ def export_model(model: Llama) -> str:
     export = os.path.join(folder, "hf")
     if cfg["lora_r"]:
         adapter = os.path.join(folder, "adapter")
-        write_together(save_adapter, model, adapter, cfg["model"], lora, cfg["model"])
-    write_together(save_pretrained, model, export, dtype, cfg["model"])
+        write_together(save_adapter, model, adapter, cfg["model"], lora, cfg["model"],
+                       cfg["template"])
+    write_together(save_pretrained, model, export, dtype, cfg["model"], cfg["template"])
     return export
 
 

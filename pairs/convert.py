@@ -1,22 +1,31 @@
-"""Known forms of corpora, into rows of ours.
+"""Known forms of corpora, into rows of ours; pairs of ours into TRL's form.
 
-    python -m pairs convert longalpaca     IN OUT    {"instruction", "input", "output"}
-    python -m pairs convert long-llm-data  IN OUT    {"conversations": [{"role", "content"}, ...]}
-    python -m pairs convert trl            IN OUT    {"prompt", "chosen", "rejected"} of messages
+    python -m pairs convert longalpaca     IN OUT     {"instruction", "input", "output"}
+    python -m pairs convert long-llm-data  IN OUT     {"conversations": [{"role", "content"}, ...]}
+    python -m pairs convert trl            IN OUT     {"prompt", "chosen", "rejected"}
+    python -m pairs convert to-trl         PAIRS OUT  of pairs.jsonl: a row for each rejected answer
+    python -m pairs convert to-trl-first   PAIRS OUT  a row a pair, its first rejected answer
 
 IN is what `examples` may be (a file, a folder, -), OUT a new .jsonl. The first two have the
 document in the first user turn with a question behind it; each question of a conversation becomes a
-row.
+row. TRL's rows are texts or messages. Those that follow each other with the same prompt and chosen
+answer become one pair with all their rejected ones, so that what to-trl wrote comes back as it was.
 """
 import json
 import os
 import re
 import sys
 import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from configs import BadInput
+import numpy as np
+
+from configs import BadInput, checked, default_groups
+from data import load_pairs, read_header, text_around
 from pairs.corpus import example_of, files_of, parse, raw_rows, text_at
+from tokenizer import Tokenizer, load_tokenizer
 
 # LongAlpaca frames its documents. long-llm-data sets the question apart by a rule of hyphens, or by
 # an empty line alone, which a document has as well: so the last of the surest kind counts.
@@ -88,7 +97,7 @@ def trl(row: dict) -> list[dict]:
     pair = {
         "prompt": prompt[-1].text,
         "chosen": chosen[-1].text,
-        "rejected": rejected[-1].text,
+        "rejected": [rejected[-1].text],
     }
     if len(prompt) == 2:
         pair["system"] = prompt[0].text
@@ -135,45 +144,135 @@ def split_turn(text: str) -> tuple[str, str]:
                    "question")
 
 
+# ------------------------------------------------------------------------------ pairs -> TRL's rows
+
+def trl_rows(path: str, most: int | None) -> Iterator[dict]:
+    """TRL's rows of a pairs' file, one for each rejected answer, or for the first `most` alone.
+
+    BadInput where the file's first line does not say what its token ids and questions stand in.
+    """
+    settings = settings_of(path)
+    tokenizer = load_tokenizer(settings["model"], settings["template"])
+    for pair in load_pairs(path, settings, tokenizer):
+        turns = prompt_turns(pair, settings, tokenizer)
+        for text in pair["rejected"][:most]:
+            yield trl_row(turns, pair["chosen"], text, tokenizer.template)
+
+
+def settings_of(path: str) -> dict:
+    """What a pairs' file was built with, as far as its prompts depend on it."""
+    header = read_header(path)
+    groups = default_groups()
+    defaults = groups["paths"] | groups["build"]
+    # Another window than the run's matters to nobody here: TRL has one of its own.
+    settings = {"window": sys.maxsize}
+    for key in ("model", "template", "prompt_head", "prompt_tail", "n_chunks", "n_rejected"):
+        if key not in header:
+            raise BadInput(f"{path}, line 1: no {key!r} among its settings, without which nobody "
+                           "knows what its token ids say")
+        settings[key] = checked(defaults, key, header[key], f"{path}, line 1")
+    return settings
+
+
+def prompt_turns(pair: dict, settings: dict, tokenizer: Tokenizer) -> list[Turn]:
+    """A pair's prompt as messages: its system turn if it has one, and the user's turn."""
+    head, tail = text_around(settings, pair["question"])
+    ids = np.concatenate(pair["chunks"]).tolist()
+    # All at once: the end of a chunk may be half a character.
+    turns = [Turn("user", head + tokenizer.decode(ids) + tail)]
+    if pair["system"]:
+        turns.insert(0, Turn("system", pair["system"]))
+    return turns
+
+
+def trl_row(turns: list[Turn], chosen: str, rejected: str, template: str) -> dict:
+    """A row in TRL's "conversational" form; in its "standard" form where no template is around."""
+    if template == "plain":
+        # Then there are no turns to speak of, and TRL would look for a chat template in vain.
+        prompt = "\n\n".join(turn.text for turn in turns)
+        return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    prompt = [{"role": turn.role, "content": turn.text} for turn in turns]
+    return {
+        "prompt": prompt,
+        "chosen": [{"role": "assistant", "content": chosen}],
+        "rejected": [{"role": "assistant", "content": rejected}],
+    }
+
+
+def grouped(rows: Iterable[dict]) -> Iterator[dict]:
+    """Pairs that follow each other with the same prompt and chosen answer, as one."""
+    last = None
+    for row in rows:
+        same = last is not None and all(row.get(key) == last.get(key) for key in SHARED)
+        # A row that is there twice stays two: one pair has no answer twice.
+        if same and row["rejected"][0] not in last["rejected"]:
+            last["rejected"] += row["rejected"]
+            continue
+        if last is not None:
+            yield last
+        last = row
+    if last is not None:
+        yield last
+
+
+# ----------------------------------------------------------------------------------------- command
+
 FORMATS = {"longalpaca": longalpaca, "long-llm-data": long_llm_data, "trl": trl}
+TO_TRL = {"to-trl": None, "to-trl-first": 1}  # how many of a pair's rejected answers; None: all
+SHARED = ("prompt", "system", "chosen")       # what rows of one pair have in common
 
 
 def convert(argv: list[str]) -> int:
     """python -m pairs convert FORMAT IN OUT: bad rows are named and left out."""
-    if len(argv) != 3 or argv[0] not in FORMATS:
-        raise BadInput(f"expected: python -m pairs convert {'|'.join(FORMATS)} IN OUT")
+    if len(argv) != 3 or argv[0] not in [*FORMATS, *TO_TRL]:
+        raise BadInput(f"expected: python -m pairs convert {'|'.join([*FORMATS, *TO_TRL])} IN OUT")
     form, path, out = argv
     if os.path.exists(out):
         raise BadInput(f"{out}: is already there, expected a name for a new file")
+    if form in TO_TRL:
+        rows = trl_rows(path, TO_TRL[form])
+    else:
+        rows = converted_rows(form, path)
+    if form == "trl":
+        rows = grouped(rows)
     try:
-        written = write_rows(form, path, out)
+        write_rows(rows, out)
     except BadInput:
         raise
     except (OSError, EOFError, zlib.error, ValueError, RecursionError) as e:
         raise BadInput(f"{path}: cannot be converted into {out} ({e})") from e
-    print(f"{out}: {written} rows")
     return 0
 
 
-def write_rows(form: str, path: str, out: str) -> int:
-    """Convert what `path` names into one file; how many rows that made."""
+def write_rows(rows: Iterable[dict], out: str) -> None:
+    """Write rows as a file, which appears whole or not at all; print how many."""
     written = 0
-    # Under another name until it is whole, so that half a corpus never looks like one.
+    answers = Counter()
     with open(out + ".tmp", "w", encoding="utf-8") as f:
-        for name in files_of(path):
-            for number, (raw, _) in enumerate(raw_rows(name), 1):
-                if not raw.strip():
-                    continue
-                try:
-                    rows = converted(form, name, raw)
-                except BadInput as e:
-                    print(f"left out: {name}, line {number}: {e}", file=sys.stderr)
-                    continue
-                for row in rows:
-                    f.write(json.dumps(row) + "\n")
-                written += len(rows)
+        for row in rows:
+            f.write(json.dumps(row) + "\n")
+            written += 1
+            # Of a ready pair in our form: the config has to ask for as many.
+            if isinstance(row.get("rejected"), list) and isinstance(row["prompt"], str):
+                answers[len(row["rejected"])] += 1
     os.replace(out + ".tmp", out)
-    return written
+    print(f"{out}: {written} rows")
+    for n, rows in sorted(answers.items()):
+        print(f"  {rows} of them have {n} rejected: n_rejected={n}")
+
+
+def converted_rows(form: str, path: str) -> Iterator[dict]:
+    """Rows of ours for what `path` names; what makes none is named and left out."""
+    for name in files_of(path):
+        for number, (raw, _) in enumerate(raw_rows(name), 1):
+            if not raw.strip():
+                continue
+            try:
+                rows = converted(form, name, raw)
+            except BadInput as e:
+                print(f"left out: {name}, line {number}: {e}", file=sys.stderr)
+                continue
+            yield from rows
 
 
 def converted(form: str, name: str, raw: bytes) -> list[dict]:
