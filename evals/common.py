@@ -3,7 +3,9 @@ import math
 import os
 from collections.abc import Callable
 from functools import cached_property
+from itertools import pairwise
 
+import numpy as np
 import torch
 
 from checkpoint import DTYPES, dtype_named, load_pretrained, read_config
@@ -196,6 +198,21 @@ def share(right: float, asked: int) -> str:
     return f"{right / asked:.3f} ({low:.3f}..{high:.3f}) of {asked}"
 
 
+def area_by_length(lengths: list[int], shares: list[float]) -> float:
+    """The area under shares over the logarithm of lengths, by trapezoids, per unit of its width.
+
+    So it is a share as well: the mean over all lengths between the shortest and the longest, where
+    each doubling counts alike, however the lengths that were asked at are spaced.
+    """
+    points = sorted(zip(np.log(lengths).tolist(), shares))
+    if len(points) == 1:
+        return points[0][1]
+    area = 0.0
+    for (left, low), (right, high) in pairwise(points):
+        area += (right - left) * (low + high) / 2
+    return area / (points[-1][0] - points[0][0])
+
+
 def print_row(model: str, *cells: str) -> None:
     """A line of a table: whose it is, then cells that are formatted to be as wide in each line."""
-    print("   ".join([f"{model:20}", *cells]), flush=True)
+    print("   ".join([f"{model:20}", *cells]).rstrip(), flush=True)

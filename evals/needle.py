@@ -1,11 +1,16 @@
 """Needles: facts hidden in long contexts, by length and depth, as in RULER (arXiv 2404.06654).
 
 A context is filled with sentences of a haystack. One fact, the needle, lies at a given depth; what
-else there is to find, or to be confused with, lies anywhere. retrieval=True also tells which
-attention heads copied the answer from the needle (evals/heads.py).
+else there is to find, or to be confused with, lies anywhere. Of the task "association" the question
+shares no word with its needle, so that no word leads there (NoLiMa, arXiv 2502.05167).
+retrieval=True also tells which attention heads copied the answer from the needle (evals/heads.py).
+
+An answer is right, or has a part of what was asked for; else it tells another needle of the context
+("other"), or what no needle says ("invented"), or nothing ("silent": empty, or a refusal).
 """
 import random
 import re
+from collections import Counter
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +20,7 @@ from evals.common import (
     ASKING,
     COMMON,
     Subject,
+    area_by_length,
     check_list,
     check_options,
     check_path,
@@ -39,7 +45,8 @@ OPTIONS = dict(
     window=0,                # mark this window in the picture; 0: the first model's own
     retrieval=False,         # also which attention heads copied (App. B, Eq. 5)
 )
-TASKS = ("single", "multikey", "multivalue", "multiquery", "variables")
+TASKS = ("single", "multikey", "multivalue", "multiquery", "variables", "association")
+KINDS = ("right", "part", "other", "invented", "silent")  # of an answer
 
 ADJECTIVES = """amber bold calm dusty eager faint gentle hollow icy jolly keen lively mellow noble
 plain quiet rapid silent tall vivid""".split()
@@ -54,6 +61,29 @@ NOISE = [
 ]
 SENTENCE_ENDS = re.compile(r"(?<=[.?]) ")
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+# Needles, and what they are asked by. Between the two lies one step that the reader has to know,
+# and no word that is in both. Each question is answered by its own needle alone.
+ASSOCIATIONS = [
+    ("{} feeds the pigeons below the Eiffel Tower.", "has been to France"),
+    ("{} jogs around the Colosseum at dawn.", "lives in Italy"),
+    ("{} milks forty cows before breakfast.", "works on a farm"),
+    ("{} must never eat gluten.", "has coeliac disease"),
+    ("{} played Hamlet three winters in a row.", "is an actor"),
+    ("{} reads Braille with two fingers.", "is blind"),
+    ("{} drilled a molar this morning.", "is a dentist"),
+    ("{} photographed penguins from an icebreaker.", "travelled to Antarctica"),
+    ("{} dug for tombs beside the pyramids of Giza.", "spent time in Egypt"),
+    ("{} gave up meat, milk and even honey.", "is vegan"),
+    ("{} carries an insulin pen everywhere.", "suffers from diabetes"),
+    ("{} tunes grand pianos with a fork.", "needs good ears on the job"),
+]
+PEOPLE = "Amara Bilal Chiyo Dmitri Eluned Farah Goran Hana Ismet Jorun Kofi Leilani".split()
+# An answer that says that there is none.
+REFUSAL = re.compile(r"\b(?:not (?:mention|provid|stat|specif|giv|found|contain|includ|say|know"
+                     r"|sure|able)\w*|do(?:es)?n['’]t (?:know|say|mention|contain|have)"
+                     r"|no (?:information|mention|answer|such)|cannot|can['’]t|unable|unknown"
+                     r"|sorry|none|nobody)\b", re.IGNORECASE)
 
 
 def check(options: dict) -> None:
@@ -78,16 +108,27 @@ def tasks_of(options: dict) -> list[str]:
 
 # ------------------------------------------------------------------------------------ needles
 
+class Facts(NamedTuple):
+    """What is hidden in a context, and what is asked about it."""
+    sentences: list[str]  # the first one lies at the depth
+    question: str
+    answers: list[str]    # all of them have to be given
+    others: list[str]     # what the other sentences would answer, which was not asked
+
+
 class Example(NamedTuple):
     """One context that something is hidden in."""
     context: str
     question: str
-    answers: list[str]   # all of them have to be given
+    answers: list[str]
+    others: list[str]    # as in Facts
     needle: str          # the sentence whose place the depth says
 
 
-def make_facts(task: str, rng: random.Random) -> tuple[list[str], str, list[str]]:
-    """(sentences to hide, the first at the depth; the question; its answers) of one of TASKS."""
+def make_facts(task: str, rng: random.Random) -> Facts:
+    """The facts of an example of one of TASKS."""
+    if task == "association":
+        return make_associations(rng)
     keys = []
     for noun in rng.sample(NOUNS, 4):
         keys.append(f"{rng.choice(ADJECTIVES)}-{noun}")
@@ -107,15 +148,26 @@ def make_facts(task: str, rng: random.Random) -> tuple[list[str], str, list[str]
     asked = ", ".join(dict.fromkeys(keys))
     question = f"What are all the special magic numbers for {asked} mentioned in the text above?"
     if task in ("multivalue", "multiquery"):
-        return facts, question, values
+        return Facts(facts, question, values, [])
+    question = f"What is the special magic number for {keys[0]} mentioned in the text above?"
     # One number is asked for. Under multikey the others are there to be confused with it.
     if task == "single":
-        facts = facts[:1]
-    question = f"What is the special magic number for {keys[0]} mentioned in the text above?"
-    return facts, question, values[:1]
+        return Facts(facts[:1], question, values[:1], [])
+    return Facts(facts, question, values[:1], values[1:])
 
 
-def make_chain(value: str, rng: random.Random) -> tuple[list[str], str, list[str]]:
+def make_associations(rng: random.Random) -> Facts:
+    """Four people, of whom four unlike things are told; one is asked for by what follows of it."""
+    chosen = rng.sample(ASSOCIATIONS, 4)
+    names = rng.sample(PEOPLE, 4)
+    sentences = []
+    for name, (sentence, _) in zip(names, chosen):
+        sentences.append(sentence.format(name))
+    question = f"Which person {chosen[0][1]}? Answer in a single word."
+    return Facts(sentences, question, names[:1], names[1:])
+
+
+def make_chain(value: str, rng: random.Random) -> Facts:
     """Variables that get a value from one another: all of them have it."""
     names = []
     for _ in range(4):
@@ -124,7 +176,7 @@ def make_chain(value: str, rng: random.Random) -> tuple[list[str], str, list[str
     for before, name in zip(names, names[1:]):
         chain.append(f"VAR {name} = VAR {before}.")
     question = f"Find all variables that are assigned the value {value} in the text above."
-    return chain, question, names
+    return Facts(chain, question, names, [])
 
 
 def sentences_of(path: str) -> list[str]:
@@ -195,13 +247,15 @@ def make_example(task: str, size: int, depth: int, sample: int, options: dict, h
             context=found["context"],
             question=found["question"],
             answers=found["answers"],
+            others=found.get("others", []),
             needle=found["needle"],
         )
     # A text as seed: Python hashes all of it, so that no two cells have one stream.
     rng = random.Random(f"{seed} {task} {size} {depth} {sample}")
-    facts, question, answers = make_facts(task, rng)
-    context = hide(facts, hay, size, depth, tokenizer, rng)
-    return Example(context, question, answers, facts[0])
+    facts = make_facts(task, rng)
+    context = hide(facts.sentences, hay, size, depth, tokenizer, rng)
+    needle = facts.sentences[0]
+    return Example(context, facts.question, facts.answers, facts.others, needle)
 
 
 # ------------------------------------------------------------------------------------ measure
@@ -214,29 +268,67 @@ def given(text: str, answers: list[str]) -> float:
     return right / len(answers)
 
 
-def measure(subjects: list[Subject], options: dict) -> dict:
-    """{"table": rows {"model", "task", "length", "depth", "score", "n"}, "window", "heads", ...}.
+def kind_of_answer(text: str, example: Example) -> str:
+    """Which of KINDS a generated text is."""
+    share = given(text, example.answers)
+    if share == 1:
+        return "right"
+    if share > 0:
+        return "part"
+    if is_right(text, example.others):
+        return "other"
+    # Only now: "I cannot find it, but 1234567 is mentioned" tells something.
+    if not text.strip() or REFUSAL.search(text):
+        return "silent"
+    return "invented"
 
-    score: mean share of the answers that were given. heads: each model's retrieval scores, (layers,
-    heads), over the examples whose needle was found in the tokens; left_out: how many had none.
+
+def measure(subjects: list[Subject], options: dict) -> dict:
+    """{"table": rows {"model", "task", "length", "depth", "score", "n", "kinds"}, "areas": rows
+    {"model", "task", "area"}, "window", "heads", "left_out"}.
+
+    score: mean share of the answers that were given. kinds: how many answers were of each of KINDS.
+    area: the mean score over the lengths, see area_by_length. heads: each model's retrieval scores,
+    (layers, heads), over the examples whose needle was found in the tokens; left_out: how many had
+    none.
     """
     hay = []
     if not options["haystack"].endswith(".py"):
         hay = sentences_of(options["haystack"])
     table = []
+    areas = []
     heads = {}
     left_out = {}
     for subject in subjects:
         scores = RetrievalScores(subject) if options["retrieval"] else None
         for task in tasks_of(options):
+            rows = []
             for length in options["lengths"]:
-                table += measure_row(subject, task, length, hay, options, scores)
+                rows += measure_row(subject, task, length, hay, options, scores)
+            table += rows
+            areas.append(area_of(rows, options))
         if scores:
             scores.print()
             heads[subject.name] = scores.mean().tolist()
             left_out[subject.name] = scores.left_out
     window = options["window"] or subjects[0].config.max_position_embeddings
-    return {"table": table, "window": window, "heads": heads, "left_out": left_out}
+    return {"table": table, "areas": areas, "window": window, "heads": heads,
+            "left_out": left_out}
+
+
+def area_of(rows: list[dict], options: dict) -> dict:
+    """A model's rows of one task as one number, printed where there are lengths to compare."""
+    lengths = options["lengths"]
+    means = []
+    for length in lengths:
+        scores = [row["score"] for row in rows if row["length"] == length]
+        means.append(sum(scores) / len(scores))
+    area = area_by_length(lengths, means)
+    model = rows[0]["model"]
+    task = rows[0]["task"]
+    if len(lengths) > 1:
+        print_row(model, f"{task:11} area {area:.3f} over {min(lengths)}..{max(lengths)}")
+    return {"model": model, "task": task, "area": area}
 
 
 def measure_row(subject: Subject, task: str, length: int, hay: list[str], options: dict,
@@ -263,13 +355,17 @@ def measure_row(subject: Subject, task: str, length: int, hay: list[str], option
 
     # n examples of one depth stand beside each other.
     found = []
+    kinds = []
     for text, example in zip(said, asked):
         found.append(given(text, example.answers))
+        kinds.append(kind_of_answer(text, example))
     rows = []
-    cells = f"{task:10} {length:7d} "
+    cells = f"{task:11} {length:7d} "
     n = options["samples"]
     for i, depth in enumerate(options["depths"]):
-        score = sum(found[i * n:(i + 1) * n]) / n
+        cell = slice(i * n, (i + 1) * n)
+        score = sum(found[cell]) / n
+        counts = Counter(kinds[cell])
         cells += f" {score:5.2f}"
         rows.append({
             "model": subject.name,
@@ -278,9 +374,21 @@ def measure_row(subject: Subject, task: str, length: int, hay: list[str], option
             "depth": depth,
             "score": score,
             "n": n,
+            "kinds": {kind: counts[kind] for kind in KINDS},
         })
-    print_row(subject.name, cells, f"mean {share(sum(found), len(found))}")
+    print_row(subject.name, cells, f"mean {share(sum(found), len(found))}", failures(kinds))
     return rows
+
+
+def failures(kinds: list[str]) -> str:
+    """What was not right, in words: "wrong: 3 invented, 1 other"; nothing where all was right."""
+    counts = []
+    for kind, count in Counter(kinds).most_common():
+        if kind != "right":
+            counts.append(f"{count} {kind}")
+    if not counts:
+        return ""
+    return f"wrong: {', '.join(counts)}"
 
 
 # ------------------------------------------------------------------------------------ picture

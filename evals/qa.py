@@ -55,11 +55,12 @@ def token_f1(prediction: str, answer: str) -> float:
 
 
 def measure(subjects: list[Subject], options: dict) -> dict:
-    """{"table": rows {"model", "passages", "right", "f1", "n", "by_place"}}.
+    """{"table": rows {"model", "passages", "right", "f1", "n", "by_length", "by_place"}}.
 
-    right: share of the answers that contain a reference answer. by_place: [right, asked] where the
-    gold passage lay in the first, middle and last third. passages and by_place are None in
-    the row of questions that bring their own contexts.
+    right: share of the answers that contain a reference answer. by_length: right answers by tokens
+    of the context, see by_doubling. by_place: [right, asked] where the gold passage lay in the
+    first, middle and last third. passages and by_place are None in the row of questions that bring
+    their own contexts.
     """
     path = options["examples"]
     corpus = Corpus(path, {"strict": True, "questions": 1})
@@ -97,11 +98,13 @@ def measure_row(subject: Subject, examples: list[dict], places: list[int] | None
     """Ask all examples; a row of the table, printed. places: number of each gold passage."""
     prompts = []
     shared = []
+    tokens = []
     for example in examples:
         tail = options["prompt_tail"].replace("{question}", example["question"])
         ids, context = subject.prompt(text_of(example["context"]), "", tail)
         prompts.append(ids)
         shared.append(context.stop)
+        tokens.append(len(context))
     said = subject.answers(prompts, shared, options["max_new_tokens"])
 
     right = []
@@ -118,6 +121,7 @@ def measure_row(subject: Subject, examples: list[dict], places: list[int] | None
         "right": sum(right) / n,
         "f1": sum(f1) / n,
         "n": n,
+        "by_length": by_doubling(right, tokens),
         "by_place": None,
     }
     cells = [f"right {share(sum(right), n)}", f"F1 {row['f1']:.3f}"]
@@ -127,7 +131,26 @@ def measure_row(subject: Subject, examples: list[dict], places: list[int] | None
         cells.insert(0, f"{passages:3d} passages")
         cells.append(f"gold in first / middle / last third {' / '.join(thirds)}")
     print_row(subject.name, *cells)
+    for low, high, good, asked in row["by_length"]:
+        print_row(subject.name, f"{low:7d} to {high:7d} tokens", f"right {share(good, asked)}")
     return row
+
+
+def by_doubling(right: list[bool], tokens: list[int]) -> list[list[int]]:
+    """[fewest tokens, most, right answers, questions] of contexts, from each power of two to the
+    next, those without a question left out; nothing where all lie in one."""
+    counts = {}
+    for good, length in zip(right, tokens):
+        low = 1 << (length.bit_length() - 1)
+        count = counts.setdefault(low, [0, 0])
+        count[0] += good
+        count[1] += 1
+    if len(counts) == 1:
+        return []
+    buckets = []
+    for low in sorted(counts):
+        buckets.append([low, 2 * low - 1, *counts[low]])
+    return buckets
 
 
 def text_of(context: str | list[str]) -> str:

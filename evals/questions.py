@@ -1,10 +1,11 @@
 """Right answers on a training config's fresh questions, as train_logo.py counts them."""
+import os
 import time
 
 import torch
 import torch.distributed as dist
 
-from configs import BadInput, check_settings, load_config
+from configs import BadInput, check_settings, load_config, run_folder, write_json
 from data import chunk, prompt_around
 from generate import generate
 from model import Llama
@@ -59,7 +60,7 @@ def count_right(model: Llama, tokenizer: Tokenizer, cfg: dict, size: int, rank: 
 def questions(folder: str, argv: list[str]) -> None:
     """The command: argv is a training config and its key=value words."""
     # The trainer imports this file for count_right alone.
-    from evals.common import Subject, print_row, share
+    from evals.common import Subject, area_by_length, print_row, share
     if not argv or "=" in argv[0]:
         # No config of our choice stands in: its questions would be asked about another world.
         raise BadInput("expected: python -m evals questions MODEL CONFIG [key=value]")
@@ -70,6 +71,7 @@ def questions(folder: str, argv: list[str]) -> None:
     if cfg["threads"]:
         torch.set_num_threads(cfg["threads"])
     subject = Subject(folder, cfg)
+    table = []
     for size in cfg["fresh_sizes"]:
         start = time.time()
         right, asked = count_right(subject.model, subject.tokenizer, cfg, size)
@@ -79,3 +81,14 @@ def questions(folder: str, argv: list[str]) -> None:
             f"right {share(right, asked)}",
             f"{time.time() - start:.1f}s",
         )
+        row = {"model": subject.name, "size": size, "right": right / asked, "n": asked}
+        table.append(row)
+    area = area_by_length(cfg["fresh_sizes"], [row["right"] for row in table])
+    if len(table) > 1:
+        print_row(subject.name, f"area {area:.3f}")
+    # Beside what a run's own evaluations wrote.
+    out = os.path.join(run_folder(cfg), "eval")
+    os.makedirs(out, exist_ok=True)
+    path = os.path.join(out, "questions.json")
+    write_json({"table": table, "area": area}, path)
+    print(path)

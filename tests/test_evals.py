@@ -25,7 +25,7 @@ from configs import BadInput, load_config, run_file
 from data import encode_group
 from evals import needle, perplexity, pictures, preferences, qa
 from evals.__main__ import main, read_command
-from evals.common import Subject, interval, texts, token_span
+from evals.common import Subject, area_by_length, interval, texts, token_span
 from evals.heads import RetrievalScores
 from evals.perplexity import token_losses
 from generate import generate
@@ -240,12 +240,15 @@ def test_the_score_is_the_share_of_the_answers_given():
 @pytest.mark.parametrize("task", needle.TASKS)
 def test_needles_lie_where_the_depth_says(tiny, task):
     for depth in (0, 25, 50, 75, 100):
-        facts, question, answers = needle.make_facts(task, random.Random(depth))
+        facts, question, answers, others = needle.make_facts(task, random.Random(depth))
         context = needle.hide(facts, needle.NOISE, 3000, depth, tiny.tokenizer, random.Random(1))
-        assert all(fact in context for fact in facts) and len(answers) == {"single": 1, "multikey": 1, "variables": 4}.get(task, 4)
+        assert all(fact in context for fact in facts) and len(answers) == {"single": 1, "multikey": 1, "association": 1}.get(task, 4)
         if task != "variables":
             assert abs(context.index(facts[0]) / (len(context) - len(facts[0])) - depth / 100) < 0.03
         assert len(facts) == (1 if task == "single" else 4)
+        # What the other sentences say, and nothing that was asked for.
+        assert len(others) == (3 if task in ("multikey", "association") else 0) and not set(others) & set(answers)
+        assert all(any(other in fact for fact in facts[1:]) and other not in facts[0] for other in others)
 
 
 @pytest.mark.parametrize("size", [64, 512, 2048])
@@ -257,10 +260,76 @@ def test_a_context_has_the_tokens_that_its_length_says(tiny, pieces, size):
         assert size <= len(tokenizer.encode(context)) <= size + longest
 
 
+# Words that say nothing by themselves: what is left of needle and question must have nothing in common.
+EMPTY_WORDS = "a an and around at be been before below beside even for from has have in is must need never of on the three to was what which who with".split()
+
+
+def share_a_word(a, b):
+    """Whether two texts have a word in common, in any form: by four letters from its beginning, or all where it has fewer."""
+    words = [{word for word in re.findall(r"\w+", text.lower()) if word not in EMPTY_WORDS} for text in (a, b)]
+    return any(x[:4] == y[:4] or x.startswith(y) or y.startswith(x) for x in words[0] for y in words[1])
+
+
+def test_no_word_leads_from_an_associations_question_to_its_needle():
+    assert len(needle.ASSOCIATIONS) >= 10 and len(needle.PEOPLE) >= 4
+    for seed in range(200):
+        facts, question, answers, others = needle.make_facts("association", random.Random(seed))
+        assert not share_a_word(facts[0], question) and question.count("?") == 1
+        assert answers[0] in facts[0].split() and not any(name in facts[0] for name in others)
+    seen = {needle.make_facts("association", random.Random(seed)).question for seed in range(200)}
+    assert len(seen) == len(needle.ASSOCIATIONS)
+    # The check finds what it is for.
+    for a, b in (("Yuki lives next to the Semperoper.", "Who lived in Dresden?"), ("She was a farmer.", "Who works on a farm?")):
+        assert share_a_word(a, b)
+
+
+KINDS_BY_HAND = [
+    ("It is 12.", "right"), ("12, or 34", "right"), ("34", "other"), ("The number is 34, not 56.", "other"), ("77", "invented"),
+    ("The magic number is 127.", "invented"), ("", "silent"), (" \n", "silent"), ("The text does not mention it.", "silent"),
+    ("I'm sorry, I cannot tell.", "silent"), ("I don't know.", "silent"), ("There is no such number.", "silent"), ("unknown", "silent"),
+    ("It is not mentioned, but 34 is.", "other"), ("Nothing but grass.", "invented")]
+
+
+@pytest.mark.parametrize("said, kind", KINDS_BY_HAND)
+def test_kinds_of_answers_by_hand(said, kind):
+    assert needle.kind_of_answer(said, needle.Example("", "", ["12"], ["34", "56"], "")) == kind
+    assert needle.kind_of_answer(said + " 12", needle.Example("", "", ["12", "99"], ["34"], "")) == "part"
+
+
+def test_each_cell_says_what_its_wrong_answers_are(tiny, monkeypatch, capsys):
+    """Counts by hand, of answers that were put in the model's mouth."""
+    world = run_file(WORLD)
+    options = {**needle.OPTIONS, "tasks": "multikey", "lengths": [60, 120], "depths": [0, 100], "samples": 3, "haystack": WORLD}
+    examples = {size: [world.needle("multikey", size, depth, [0, i]) for depth in (0, 100) for i in range(3)] for size in (60, 120)}
+    said = []
+    for size in (60, 120):
+        first = examples[size]
+        assert len(first[0]["others"]) == max(2, min(16, size // 14)) - 1
+        said.append([first[0]["answers"][0], "", "I do not know.", "Rosa paints in Nowhere.", f"Rosa {first[4]['others'][0]}", "Who?"])
+    monkeypatch.setattr(Subject, "answers", lambda *args: said.pop(0))
+    found = needle.measure([tiny], options)
+    kinds = [[row["kinds"][kind] for kind in needle.KINDS] for row in found["table"]]
+    assert kinds == [[1, 0, 0, 0, 2], [0, 0, 1, 2, 0]] * 2 and [row["score"] for row in found["table"]] == [1 / 3, 0] * 2
+    assert found["areas"] == [{"model": "tiny", "task": "multikey", "area": pytest.approx(1 / 6)}]
+    out = capsys.readouterr().out
+    assert out.count("wrong: 2 silent, 2 invented, 1 other") == 2 and "area 0.167 over 60..120" in out
+
+
+@pytest.mark.parametrize("lengths", [[512, 1024, 2048, 4096], [100, 110, 5000], [4096, 512], [7]])
+def test_the_area_is_numpys_trapezoid_over_the_logarithm_of_length(lengths):
+    rng = np.random.default_rng(0)
+    shares = rng.random(len(lengths))
+    order = np.argsort(lengths)
+    x, y = np.log(np.array(lengths))[order], shares[order]
+    expected = np.trapezoid(y, x) / (x[-1] - x[0]) if len(x) > 1 else y[0]
+    assert area_by_length(lengths, shares.tolist()) == pytest.approx(expected)
+    assert area_by_length(lengths, [0.25] * len(lengths)) == pytest.approx(0.25)
+
+
 def test_a_variable_is_assigned_before_it_is_used(tiny):
     """Also where two facts of a chain fall on one place."""
     for seed in range(40):
-        facts, _, _ = needle.make_facts("variables", random.Random(seed))
+        facts = needle.make_facts("variables", random.Random(seed)).sentences
         context = needle.hide(facts, needle.NOISE, 60, 50, tiny.tokenizer, random.Random(seed))
         places = [context.index(fact) for fact in facts]
         assert places == sorted(places)
@@ -580,9 +649,33 @@ def test_qa_command_on_contexts_as_they_are(tmp_path, capsys, as_list):
     (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     main(["qa", TINY, f"examples={tmp_path / 'q.jsonl'}", TAIL, f"out={tmp_path}"])
     row, = table_of(tmp_path / "qa.json")
+    assert row["by_length"] == []                                    # all are of one length
     assert row["n"] == 6 and row["right"] > 0.5 and row["passages"] is None and row["by_place"] is None
     out = capsys.readouterr().out
     assert "gold" not in out and "passages" not in out
+
+
+def test_qa_says_right_answers_by_tokens_of_the_context(tmp_path, tiny, capsys, monkeypatch):
+    """By hand: which contexts lie from a power of two to the next, and how many of their answers are right."""
+    sizes, rows, said = [20, 31, 40, 100, 120, 127, 900], [], []
+    for i, size in enumerate(sizes):
+        text = " Rosa" * size
+        rows.append({"context": text, "question": f"Who is {i}?", "answers": ["Rosa"]})
+        assert len(tiny.tokenizer.encode(text)) == size
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    # Right are those over 20, 40, 100 and 900 tokens, in whatever order they are asked.
+    def answers(self, prompts, *rest):
+        tail = len(self.prompt("", "", "\nQuestion: Who is 0?\nAnswer:")[0])
+        for ids in prompts:
+            said.append("Rosa." if min(sizes, key=lambda size: abs(len(ids) - tail - size)) in (20, 40, 100, 900) else "Ida.")
+        return said
+    monkeypatch.setattr(Subject, "answers", answers)
+    main(["qa", TINY, f"examples={tmp_path / 'q.jsonl'}", TAIL, f"out={tmp_path}"])
+    row, = table_of(tmp_path / "qa.json")
+    assert row["by_length"] == [[16, 31, 1, 2], [32, 63, 1, 1], [64, 127, 1, 3], [512, 1023, 1, 1]]
+    assert row["right"] == 4 / 7
+    low, high = interval(1, 3)
+    assert f"     64 to     127 tokens   right 0.333 ({low:.3f}..{high:.3f}) of 3" in capsys.readouterr().out
 
 
 # -------------------------------------------------------------------------------------------------------- preferences
@@ -816,10 +909,14 @@ def test_bad_input_ends_with_one_line(args, message):
     assert done.returncode == 1 and done.stderr.startswith("error: ") and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
 
-def test_the_questions_command_counts_what_the_trainer_counts():
-    words = ["questions", TINY, "configs/tiny.py", "fresh_sizes=[104]", "fresh_questions=20"]
+def test_the_questions_command_counts_what_the_trainer_counts(tmp_path):
+    words = ["questions", TINY, "configs/tiny.py", "fresh_sizes=[60,104,300]", "fresh_questions=20", f"out={tmp_path}"]
     done = subprocess.run([sys.executable, "-m", "evals", *words], cwd=ROOT, capture_output=True, text=True)
     assert "context    104" in done.stdout and "of 20" in done.stdout, done.stderr
+    found = json.loads((tmp_path / "eval" / "questions.json").read_text())
+    x, y = np.log([60, 104, 300]), [row["right"] for row in found["table"]]
+    assert [row["size"] for row in found["table"]] == [60, 104, 300] and 0 < y[2] < y[0]
+    assert found["area"] == pytest.approx(np.trapezoid(y, x) / np.log(5)) and f"area {found['area']:.3f}" in done.stdout
 
 
 COUNT = """

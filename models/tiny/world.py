@@ -82,7 +82,8 @@ def needle(task, size, depth, seed):
     """One example whose asked fact lies at `depth` per cent of some `size` tokens.
 
     task: single (nobody else is told of), multikey (up to sixteen people, one is asked for),
-    multiquery (two are). "needle" is the sentence that was put there.
+    multiquery (two are). "needle" is the sentence that was put there, "others" what is told of
+    people who were not asked for: who says that of the wrong one took another needle.
     """
     rng = random.Random(f"{task} {size} {depth} {seed}")
     context, facts = world(rng, size, people=1 if task == "single" else None)
@@ -95,8 +96,9 @@ def needle(task, size, depth, seed):
             others.append(sentence)
     place = round(depth / 100 * len(others))
     others.insert(place, found)
+    unasked = [fact.split(" ", 1)[1] for fact in facts.values() if fact not in answer]
     return {"context": joined(others), "question": question, "answers": sentences_of(answer),
-            "needle": found}
+            "others": unasked, "needle": found}
 
 
 def world(rng, size, people=None):
