@@ -1,6 +1,7 @@
 """Right answers on a training config's fresh questions, as train_logo.py counts them."""
 import os
 import time
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
@@ -22,15 +23,29 @@ def count_right(model: Llama, tokenizer: Tokenizer, cfg: dict, size: int, rank: 
     size: as context_size. With several processes each asks its share and all return the sum.
     """
     fresh = read_examples(cfg, "fresh", size)
-    examples = []
+    examples = [fresh[i] for i in range(rank, len(fresh), world)]
+    right = 0
+    for example, answer in answered(model, tokenizer, cfg, examples):
+        right += is_right(answer, example["answers"])
+
+    # A process may have no example at all. It takes part in the sum all the same.
+    counts = torch.tensor([right, len(examples)])
+    if world > 1:
+        counts = counts.to(model.lm_head.weight.device)
+        dist.all_reduce(counts)
+    return tuple(counts.tolist())
+
+
+def answered(model: Llama, tokenizer: Tokenizer, cfg: dict, examples: list[dict],
+             temperature: float = 0.0, generator: torch.Generator | None = None
+             ) -> Iterator[tuple[dict, str]]:
+    """(example, the model's answer) of each, at ordinary positions; temperature 0 is greedy."""
     prompts = []
     stops = []
-    for i in range(rank, len(fresh), world):
-        example = fresh[i]
+    for example in examples:
         if not example.get("question") or not example.get("answers"):
             raise BadInput(f"{cfg['examples']}: some examples have no question or no answers, "
                            "fresh_questions needs them")
-        examples.append(example)
         prefix, suffix, stops = prompt_around(cfg, tokenizer, example["question"])
         # In chunks, as in training: a border between tokens may lie elsewhere in one long text.
         ids = []
@@ -42,19 +57,13 @@ def count_right(model: Llama, tokenizer: Tokenizer, cfg: dict, size: int, rank: 
         model,
         prompts,
         cfg["max_new_tokens"],
+        temperature,
         stop_ids=stops,
+        generator=generator,
         batch_tokens=cfg["batch_tokens"],
     )
-    right = 0
-    for ids, example in zip(answers, examples):
-        right += is_right(tokenizer.decode(ids), example["answers"])
-
-    # A process may have no example at all. It takes part in the sum all the same.
-    counts = torch.tensor([right, len(examples)])
-    if world > 1:
-        counts = counts.to(model.lm_head.weight.device)
-        dist.all_reduce(counts)
-    return tuple(counts.tolist())
+    for example, ids in zip(examples, answers):
+        yield example, tokenizer.decode(ids)
 
 
 def questions(folder: str, argv: list[str]) -> None:

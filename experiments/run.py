@@ -10,46 +10,49 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 
 import torch
 
-from checkpoint import load_pretrained, sha256
-from configs import default_groups, load_config, read_json, write_json
-from data import chunk, prompt_around
-from evals.common import texts
-from evals.perplexity import token_losses
-from generate import generate
-from model import Llama
-from pairs.answers import is_right
-from pairs.corpus import read_examples
-from tokenizer import Tokenizer, load_tokenizer
+from checkpoint import sha256
+from configs import BadInput, default_groups, load_config, read_json, write_json
+from experiments.measure import measure
+from experiments.remade import BUILT_FOR_KINDS, count_own, remake
+from experiments.remade import KEYS as REMADE_KEYS
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 WORK = os.path.join(ROOT, "out", "experiments")  # pairs, models and logs: not in the repository
 BASE = os.path.join(ROOT, "experiments", "base.py")
-TIMES = {104: 1, 232: 2, 488: 4, 1000: 8}  # windows of a context, by its tokens
-PERPLEXITY_LENGTHS = (64, 1024)
-PERPLEXITY_TOKENS = 2049          # of each of the world's texts
+# Of a difference, beside the keys of configs/default.py.
+OWN_KEYS = ("rope_scaling", "variant", "rounds", "policy", *REMADE_KEYS)
+# What own wrong answers depend on, beside the pairs.
+PLACED_BY = ("window", "positions", "sparse_share", "draws", "rope_theta", "yarn_factor",
+             "held_out")
 
 
 def run(difference: dict, seed: int) -> dict:
     """Train at a difference from base.py and measure: {column: value}. RuntimeError if it failed.
 
-    Two keys are the runner's own: steps=0 measures without training, and "rope_scaling" goes into
-    the model's config.json.
+    A difference has keys of configs/default.py, those of remade.py, and of the runner's own:
+
+        steps: 0              measure without training
+        rope_scaling: {...}   of the model's config.json
+        variant: NAME         one of variants.py in the trainer's place
+        rounds: 2             the same once more, from the aligned model and with its answers
+        policy: {difference}  the answers are those of the model that this difference makes
     """
     cfg = settings(difference, seed)
-    name = digest({"difference": difference, "seed": seed})
-    folder = os.path.join(WORK, name)
+    folder = os.path.join(WORK, digest({"difference": difference, "seed": seed}))
     line = {"seconds": {}}
     if cfg["steps"]:
-        # Built apart from the run, so that cells that differ in training alone share them.
-        cfg["pairs"] = shared_pairs(cfg, line["seconds"])
-        line.update(train(cfg, folder, line["seconds"]))
-        model_folder = os.path.join(folder, "hf")
+        model_folder, found = train(difference, seed, folder, line["seconds"])
+        line.update(found)
     else:
-        theta = {"rope_theta": cfg["rope_theta"]} if cfg["rope_theta"] else {}
+        theta = {}
+        if cfg["rope_theta"]:
+            theta["rope_theta"] = cfg["rope_theta"]
+        if cfg["yarn_factor"]:
+            # The trainer puts it into the export, and here is none.
+            raise BadInput("yarn_factor with steps=0, expected rope_scaling")
         model_folder = with_rope(cfg["model"], theta)
     start = time.time()
     line.update(measure(model_folder, cfg))
@@ -72,7 +75,7 @@ def settings(difference: dict, seed: int) -> dict:
     """The whole config of a run."""
     words = [f"seed={seed}"]
     for key, value in difference.items():
-        if key != "rope_scaling":
+        if key not in OWN_KEYS:
             words.append(f"{key}={value}")
     cfg = load_config([BASE, *words])
     cfg["model"] = os.path.join(ROOT, cfg["model"])
@@ -103,7 +106,8 @@ def weights(folder: str) -> str:
 
 def digest(value: dict) -> str:
     """A name for a JSON value."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
+    text = json.dumps(value, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 class locked:
@@ -125,7 +129,8 @@ def command(words: list[str], cfg: dict, log: str) -> None:
     """A command of the repository with every setting spelled out, its output in a log."""
     line = [sys.executable, *words, BASE]
     for group in default_groups().values():
-        line += [f"{key}={cfg[key]}" for key in group]
+        for key in group:
+            line.append(f"{key}={cfg[key]}")
     with open(log, "a") as f:
         done = subprocess.run(line, cwd=ROOT, stdout=f, stderr=f)
     if done.returncode:
@@ -135,31 +140,93 @@ def command(words: list[str], cfg: dict, log: str) -> None:
 def shared_pairs(cfg: dict, seconds: dict) -> str:
     """The pairs of these settings, built by the first run that needs them."""
     start = time.time()
-    build = {key: cfg[key] for key in default_groups()["build"]}
-    build["weights"] = weights(cfg["model"])
+    build = {"weights": weights(cfg["model"])}
+    for key in default_groups()["build"]:
+        build[key] = cfg[key]
     # The rotary scaling is in a copy's config.json; its folder's name tells it.
     build["folder"] = os.path.basename(cfg["model"])
     path = os.path.join(WORK, "pairs", digest(build) + ".jsonl")
     with locked(path):
         # A file without its mark was cut short: the build goes on where it ended.
         if not os.path.exists(path + ".done"):
-            command(["-m", "pairs"], {**cfg, "pairs": path, "workers": 1}, path + ".log")
+            here = {**cfg, "pairs": path, "workers": 1}
+            command(["-m", "pairs"], here, path + ".log")
             open(path + ".done", "w").close()
             seconds["pairs"] = round(time.time() - start, 1)
     return path
 
 
-def train(cfg: dict, folder: str, seconds: dict) -> dict:
-    """Run train_logo.py, and read what it says of held-out pairs, time and memory."""
+def pairs_of(cfg: dict, difference: dict, seed: int, seconds: dict) -> str:
+    """The pairs' file of a run: a shared one, or one made of it."""
+    built = dict(cfg)
+    if "kinds" in difference:
+        built.update(BUILT_FOR_KINDS)
+    if "policy" in difference:
+        built["model"] = aligned(difference["policy"], seed)
+    shared = shared_pairs(built, seconds)
+    if built["model"] == cfg["model"] and not set(difference) & set(REMADE_KEYS):
+        return shared
+    if difference.get("whole"):
+        cfg["n_chunks"] = math.ceil(cfg["context_size"] / cfg["chunk_size"])
+    changes = {}
+    for key in REMADE_KEYS:
+        if key in difference:
+            changes[key] = difference[key]
+    made_by = {**changes, "weights": weights(cfg["model"])}
+    for key in [*default_groups()["build"], *PLACED_BY]:
+        made_by[key] = cfg[key]
+    path = shared.removesuffix(".jsonl") + f"-{digest(made_by)}.jsonl"
+    with locked(path):
+        if not os.path.exists(path):
+            start = time.time()
+            remake(shared, path + ".new", cfg, changes)
+            os.replace(path + ".new", path)
+            seconds["remake"] = round(time.time() - start, 1)
+    return path
+
+
+def aligned(difference: dict, seed: int) -> str:
+    """The model folder that a run makes, which is kept."""
+    kept = os.path.join(WORK, "models", digest({"difference": difference, "seed": seed}))
+    with locked(kept):
+        if not os.path.exists(kept):
+            export, _ = train(difference, seed, kept + ".run", {})
+            os.replace(export, kept)
+    return kept
+
+
+def train(difference: dict, seed: int, folder: str, seconds: dict) -> tuple[str, dict]:
+    """Run train_logo.py: (the export, what it says of held-out pairs and memory)."""
+    cfg = settings(difference, seed)
+    if difference.get("rounds", 1) > 1:
+        first = {**difference, "rounds": difference["rounds"] - 1}
+        # The export has the longer RoPE in its config.json.
+        cfg["model"] = aligned(first, seed)
+        cfg["rope_theta"] = 0.0
+        cfg["yarn_factor"] = 0.0
+    # Built apart from the run, so that cells that differ in training alone share them.
+    cfg["pairs"] = pairs_of(cfg, difference, seed, seconds)
     os.makedirs(folder, exist_ok=True)
     start = time.time()
-    log = os.path.join(folder, "log")
-    command(["train_logo.py"], {**cfg, "out": folder, "fresh_questions": 0}, log)
+    script = ["train_logo.py"]
+    if "variant" in difference:
+        script = ["-m", "experiments.variants", difference["variant"]]
+    # Questions are asked of the export, below, by more than the trainer counts.
+    cfg.update(out=folder, fresh_questions=0)
+    command(script, cfg, os.path.join(folder, "log"))
     seconds["train"] = round(time.time() - start, 1)
-    result = read_json(os.path.join(folder, "result.json"))
+    found = of_result(read_json(os.path.join(folder, "result.json")))
+    if "negatives" in difference:
+        found["own"] = count_own(cfg["pairs"])
+    return os.path.join(folder, "hf"), found
+
+
+def of_result(result: dict) -> dict:
+    """The columns that a run's result.json gives."""
     before = result["before"]["held_out"]
     after = result["after"]["held_out"]
     return {
+        "pairs": result["pairs"],
         "margin": round(after["rewards/margins"], 4),
         "accuracy": round(after["rewards/accuracies"], 4),
         "chosen_before": round(before["logps/chosen"], 4),
@@ -173,7 +240,8 @@ def cpu_seconds() -> float:
     total = 0.0
     for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN):
         used = resource.getrusage(who)
-        total += used.ru_utime + used.ru_stime
+        total += used.ru_utime
+        total += used.ru_stime
     return round(total, 1)
 
 
@@ -183,70 +251,6 @@ def processor() -> str:
         with open("/proc/cpuinfo") as f:
             for row in f:
                 if row.startswith("model name"):
-                    return row.partition(":")[2].strip()
+                    _, _, name = row.partition(":")
+                    return name.strip()
     return platform.processor() or platform.machine()
-
-
-# ----------------------------------------------------------------------------- what is measured
-
-def measure(folder: str, cfg: dict) -> dict:
-    """Columns right_1x .. and invented_1x .. (shares), ppl_64 and ppl_1024, of a model folder."""
-    torch.set_num_threads(cfg["threads"])
-    model = load_pretrained(folder, torch.float32, "cpu")
-    tokenizer = load_tokenizer(folder, cfg["template"])
-    found = {}
-    for size in cfg["fresh_sizes"]:
-        times = TIMES[size]
-        right = 0
-        invented = 0
-        for example, answer in answered(model, tokenizer, cfg, size):
-            right += is_right(answer, example["answers"])
-            invented += invents(answer, example["context"])
-        found[f"right_{times}x"] = right / cfg["fresh_questions"]
-        found[f"invented_{times}x"] = invented / cfg["fresh_questions"]
-    for length in PERPLEXITY_LENGTHS:
-        losses = []
-        # A mean over all tokens, as token_losses gives them, then exp: not a mean of perplexities.
-        for text in texts(cfg["examples"]):
-            ids = tokenizer.encode(text)[:PERPLEXITY_TOKENS]
-            losses.append(token_losses(model, ids, length, length // 2))
-        found[f"ppl_{length}"] = round(math.exp(torch.cat(losses).mean()), 4)
-    return found
-
-
-def answered(model: Llama, tokenizer: Tokenizer, cfg: dict,
-             size: int) -> Iterator[tuple[dict, str]]:
-    """(example, greedy answer) of fresh questions over `size` tokens, at ordinary positions."""
-    examples = read_examples(cfg, "fresh", size)
-    prompts = []
-    for example in examples:
-        prefix, suffix, stops = prompt_around(cfg, tokenizer, example["question"])
-        chunks = chunk(example["context"], tokenizer, cfg["chunk_size"])
-        prompts.append(sum(chunks, prefix) + suffix)
-    answers = generate(
-        model,
-        prompts,
-        cfg["max_new_tokens"],
-        stop_ids=stops,
-        batch_tokens=cfg["batch_tokens"],
-    )
-    for example, ids in zip(examples, answers):
-        # An answer that never stopped keeps its last token.
-        said = ids[:-1] if ids[-1] in stops else ids
-        yield example, tokenizer.decode(said)
-
-
-def invents(answer: str, context: str) -> bool:
-    """Whether an answer says something of somebody that its document does not say.
-
-    The world tells a fact in one sentence, and answers repeat such sentences: one that is not in
-    the document gives a person a job or a city that the document does not give.
-    """
-    # Whole sentences, not words: "Rosa sings" is invented where it is Ida who sings.
-    told = set(sentences(context))
-    return any(sentence not in told for sentence in sentences(answer))
-
-
-def sentences(text: str) -> list[str]:
-    """The sentences of a text, without full stops."""
-    return [part.strip() for part in text.split(".") if part.strip()]

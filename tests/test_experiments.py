@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 
 import experiments.__main__ as command
-from configs import BadInput, load_config
+from configs import BadInput, load_config, run_file, write_json
+from data import read_header
 from experiments import report
 from experiments.lists import LISTS
-from experiments.run import ROOT, invents, run, settings
+from experiments.measure import invents, right, share, states
+from experiments.run import OWN_KEYS, ROOT, aligned, run, settings, train
+from experiments.worlds import alike, gone
 
 DOCUMENT = os.path.join(ROOT, "EXPERIMENTS.md")
 
@@ -90,7 +93,7 @@ def test_every_cell_is_a_valid_config(name, monkeypatch):
         cfg = settings(difference, 3)
         assert cfg["seed"] == 3
         for key, value in difference.items():
-            assert key == "rope_scaling" or cfg[key] == value
+            assert key in OWN_KEYS or cfg[key] == value
 
 
 # ------------------------------------------------------------------------------------------------------ report
@@ -169,13 +172,47 @@ def test_every_line_says_how_it_was_made():
 # ----------------------------------------------------------------------------------------------------- measures
 
 def test_what_counts_as_invented():
-    context = " Rosa paints in Naples. Ida sings in Turin. The road to Oslo is old."
-    assert not invents("Rosa paints in Naples.", context)
-    assert not invents("Ida sings in Turin. Rosa paints in Naples.", context)
-    assert not invents("", context)
-    assert invents("Rosa paints in Turin.", context)
-    assert invents("Rosa sings in Naples.", context)
-    assert invents("Rosa paints in Naples. Ida sings in Oslo.", context)
+    example = {"context": " Rosa paints in Naples. Ida sings in Turin. The road to Oslo is old."}
+    assert not invents(example, "Rosa paints in Naples.")
+    assert not invents(example, "Ida sings in Turin. Rosa paints in Naples.")
+    assert not invents(example, "")
+    assert invents(example, "Rosa paints in Turin.")
+    assert invents(example, "Rosa sings in Naples.")
+    assert invents(example, "Rosa paints in Naples. Ida sings in Oslo.")
+
+
+def test_what_counts_as_stated_of_a_person_without_a_fact():
+    example = {"context": " Ida sings in Turin. Rosa misses Oslo.", "name": "Rosa"}
+    assert states(example, "Rosa sings in Turin.") and states(example, "Ida sings in Turin. Rosa paints in Oslo.")
+    for answer in ("", "Ida sings in Turin.", "Rosa misses Oslo.", "Ida paints in Rome."):
+        assert not states(example, answer)
+
+
+def test_a_share_is_of_all_answers():
+    answers = [({"answers": ["Rosa paints in Naples."]}, said) for said in ("Rosa paints in Naples.", "Rosa sings.", "", "rosa paints in naples")]
+    assert share(right, iter(answers)) == 0.5
+
+
+WORLD = run_file(os.path.join(ROOT, "models", "tiny", "world.py"))
+
+
+def test_questions_without_evidence_have_none():
+    for example in gone(WORLD, 50, 104, 1):
+        assert example["name"] in example["question"] and example["answers"][0] not in example["context"]
+        # Nothing tells of the person's job or city; all else is a context of the world.
+        left = [s for s in WORLD.sentences_of(example["context"]) if s.startswith(example["name"] + " ")]
+        assert all(s.split()[1] in WORLD.LONGINGS for s in left)
+        assert 104 - 4 - WORLD.SHORTEST <= sum(map(WORLD.length, WORLD.sentences_of(example["context"]))) <= 104 - WORLD.SHORTEST
+
+
+def test_look_alikes_stand_by_the_answer():
+    for example in alike(WORLD, 50, 232, 1):
+        told = WORLD.sentences_of(example["context"])
+        fact, = example["answers"]
+        assert told.count(fact) == 1 and 232 - 4 <= sum(map(WORLD.length, told)) <= 232
+        facts = [s for s in told if s.split()[0] in WORLD.NAMES and s.split()[1] in WORLD.JOBS]
+        assert len(facts) == 16 and len({s.split()[1] for s in facts}) <= 3 and len({s.split()[3] for s in facts}) <= 3
+        assert {s.split()[1] for s in told if s.startswith(example["name"] + " ")} == {fact.split()[1], *WORLD.LONGINGS}
 
 
 def test_base_is_a_config():
@@ -185,19 +222,63 @@ def test_base_is_a_config():
 
 # ----------------------------------------------------------------------------------------------------- one run
 
-def test_a_small_run_measures_every_column(tmp_path, monkeypatch):
+SMALL = {"n_examples": 24, "steps": 1, "batch_size": 2, "micro_batch": 2, "held_out": 4, "fresh_questions": 2, "fresh_sizes": [104]}
+YARN = {"rope_theta": 0.0, "rope_scaling": {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 128}}
+COLUMNS = {"right_1x", "invented_1x", "invented_t1_1x", "states_gone", "right_alike", "ppl_64"}
+TRAINED = {"pairs", "margin", "accuracy", "chosen_before", "chosen_after", "peak_memory"}
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
     monkeypatch.setattr("experiments.run.WORK", str(tmp_path))
-    small = {"n_examples": 24, "steps": 1, "batch_size": 2, "micro_batch": 2, "held_out": 4,
-             "fresh_questions": 2, "fresh_sizes": [104], "rope_theta": 0.0,
-             "rope_scaling": {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 128}}
-    monkeypatch.setattr("experiments.run.PERPLEXITY_TOKENS", 65)
-    monkeypatch.setattr("experiments.run.PERPLEXITY_LENGTHS", (64,))
+    monkeypatch.setattr("experiments.measure.PERPLEXITY_TOKENS", 65)
+    monkeypatch.setattr("experiments.measure.PERPLEXITY_LENGTHS", (64,))
+    monkeypatch.setattr("experiments.measure.SAMPLED", {104: 2})
+    return {**SMALL, **YARN}
+
+
+def test_a_small_run_measures_every_column(small):
     line = run(small, 1)
-    assert {"right_1x", "invented_1x", "ppl_64", "margin", "accuracy", "chosen_before", "chosen_after",
-            "peak_memory", "seconds", "cpu_seconds", "machine", "commit"} <= line.keys()
+    assert COLUMNS | TRAINED | {"seconds", "cpu_seconds", "machine", "commit"} <= line.keys()
     # The same pairs serve a run that differs in training alone, and an untrained one measures the same model.
     again = run({**small, "lr": 0.0}, 1)
     assert "pairs" in line["seconds"] and "pairs" not in again["seconds"]
     untrained = run({**small, "steps": 0}, 1)
     assert again["ppl_64"] == pytest.approx(untrained["ppl_64"], abs=2e-4)
     assert again["chosen_after"] == again["chosen_before"]
+    # A variant of training on fewer pairs: another model, though the held-out pairs and what is said of them are the same.
+    variant = run({**small, "variant": "bug_unshifted", "few": 6}, 1)
+    assert variant["pairs"] == 6 + 4 < line["pairs"] and "pairs" not in variant["seconds"]
+    assert variant["chosen_before"] == line["chosen_before"] and variant["chosen_after"] != line["chosen_after"]
+
+
+def test_who_answers_and_who_is_trained(tmp_path, monkeypatch):
+    """A second round: both are the first one's export, whose RoPE is long already. A policy: it answers, the base is trained."""
+    monkeypatch.setattr("experiments.run.WORK", str(tmp_path))
+    monkeypatch.setattr("experiments.run.weights", lambda folder: folder)
+    done = []
+
+    def fake(words, cfg, log):
+        done.append((words[-1], cfg["model"], cfg["yarn_factor"], cfg["beta"]))
+        if words[-1] == "pairs":
+            with open(cfg["pairs"], "w") as f:
+                f.write(json.dumps({"settings": {"model": cfg["model"]}}) + "\n")
+            return
+        assert read_header(cfg["pairs"])["model"] == cfg["model"]
+        os.makedirs(os.path.join(cfg["out"], "hf"))
+        held_out = {"rewards/margins": 1.0, "rewards/accuracies": 1.0, "logps/chosen": -1.0}
+        write_json({"pairs": 9, "peak_memory": 1, "before": {"held_out": held_out}, "after": {"held_out": held_out}},
+                   os.path.join(cfg["out"], "result.json"))
+
+    monkeypatch.setattr("experiments.run.command", fake)
+    tiny = os.path.join(ROOT, "models/tiny")
+    first = {"yarn_factor": 8.0, "rope_theta": 0.0}
+    train({**first, "rounds": 2}, 1, str(tmp_path / "run"), {})
+    once = aligned({**first, "rounds": 1}, 1)
+    assert done == [("pairs", tiny, 8.0, 1.0), ("train_logo.py", tiny, 8.0, 1.0), ("pairs", once, 0.0, 1.0), ("train_logo.py", once, 0.0, 1.0)]
+    assert os.path.isdir(once) and once != tiny
+    done.clear()
+    train({**first, "policy": {**first, "beta": 0.0}}, 1, str(tmp_path / "other"), {})
+    policy = aligned({**first, "beta": 0.0}, 1)
+    # The base's own pairs are there already.
+    assert done == [("train_logo.py", tiny, 8.0, 0.0), ("pairs", policy, 8.0, 1.0), ("train_logo.py", tiny, 8.0, 1.0)]
