@@ -22,7 +22,7 @@ REFERENCES = {
     "YaRN": {"steps": 0, **YARN},
 }
 
-# The search for a recipe, one seed a try, in the order in which things were tried.
+# The search for a recipe at lr 5e-3, one seed a try, in the order in which things were tried.
 SCREEN = {
     "1200 examples": {"fresh_questions": 100},
     "1200 examples, YaRN": {"fresh_questions": 200, "fresh_sizes": [104, 1000], **YARN},
@@ -30,27 +30,72 @@ SCREEN = {
     "4800 examples, YaRN": {"n_examples": 4800, "fresh_questions": 200, **YARN},
 }
 
-# What the search came to, and SFT on the same answers, at the same positions, for as many steps.
-RECIPE = {"yarn_factor": 8.0, "rope_theta": 0.0, "n_examples": 4800}
-SFT = {"beta": 0.0}
+# What the search came to. Objectives that are compared have the same answers, positions and steps.
+RECIPE = {"yarn_factor": 8.0, "rope_theta": 0.0, "n_examples": 4800, "lr": 1.5e-3}
+SFT = {"beta": 0.0}  # at sft_weight=1 what is left is SFT on the chosen answer
 RECIPES = {
     "LOGO": RECIPE,
     "SFT on the answer": {**RECIPE, **SFT},
 }
-# Objectives by positions. LOGO M=2 and SFT at continuous positions are the recipe's own lines.
-GRID = {
-    "LOGO M=2, no position synthesis": {**RECIPE, "positions": "none"},
-    "SFT, no position synthesis": {**RECIPE, **SFT, "positions": "none"},
-    "LOGO M=2, mix": {**RECIPE, "positions": "mix"},
-    "SFT, mix": {**RECIPE, **SFT, "positions": "mix"},
-    "LOGO M=2, lambda 0": {**RECIPE, "sft_weight": 0.0},
-    "LOGO M=1 (SimPO)": {**RECIPE, "n_rejected": 1},
-    "LOGO M=4": {**RECIPE, "n_rejected": 4},
+
+# Objectives by positions; "continuous" is the recipe's own.
+POSITIONS = {}
+for how in ("none", "mix", "pose", "randpos"):
+    POSITIONS[f"LOGO, {how}"] = {**RECIPE, "positions": how}
+    POSITIONS[f"SFT on the answer, {how}"] = {**RECIPE, **SFT, "positions": how}
+OBJECTIVES = {
+    "SimPO (M = 1)": {**RECIPE, "n_rejected": 1},
+    "LOGO, M = 4": {**RECIPE, "n_rejected": 4, "candidates": 8},
+    "SFT on everything": {**RECIPE, **SFT, "variant": "sft_all"},
+    "SimPO, real positions": {**RECIPE, "n_rejected": 1, "positions": "none"},
 }
 
+# One thing at a time, from the recipe.
+KNOBS = {
+    "other order of additions": {**RECIPE, "micro_batch": 8},
+    "lambda 0": {**RECIPE, "sft_weight": 0.0},
+    "lambda 0.1": {**RECIPE, "sft_weight": 0.1},
+    "beta 10, gamma 3 (the paper's)": {**RECIPE, "beta": 10.0, "gamma": 3.0},
+    "all weights": {**RECIPE, "lora_r": 0},
+    "LoRA on q, k, v, o": {**RECIPE, "lora_targets": "q_proj,k_proj,v_proj,o_proj"},
+    "prompts half as long": {**RECIPE, "n_chunks": 3},
+    "no YaRN, theta 3e5": {**RECIPE, "yarn_factor": 0.0, "rope_theta": 3e5},
+    "SFT, no YaRN, theta 3e5": {**RECIPE, **SFT, "yarn_factor": 0.0, "rope_theta": 3e5},
+}
+
+# Where could preference win?
+UNVERIFIED = {"require_correct_chosen": False, "require_wrong_rejected": False}
+WINS = {
+    "LOGO, unverified pairs": {**RECIPE, **UNVERIFIED},
+    "SFT, unverified pairs": {**RECIPE, **SFT, **UNVERIFIED},
+    "LOGO, 100 pairs": {**RECIPE, "few": 100},
+    "SFT, 100 pairs": {**RECIPE, **SFT, "few": 100},
+    "LOGO, own wrong answers": {**RECIPE, "negatives": "own"},
+    "LOGO, own wrong answers alone": {**RECIPE, "negatives": "own_only"},
+    "SFT, those pairs": {**RECIPE, **SFT, "negatives": "own_where"},
+}
+NEIGHBOURS = {
+    "DiscoPOP's loss": {**RECIPE, "variant": "discopop"},
+    "LongPO's reward": {**RECIPE, "variant": "longpo"},
+    "KL to the base": {**RECIPE, "variant": "base_kl"},
+    "LongRecipe's positions": {**RECIPE, "variant": "longrecipe"},
+    "chunks shuffled (Untie the Knots)": {**RECIPE, "variant": "untie_knots"},
+}
+BUGS = {
+    "the slice": {**RECIPE, "variant": "bug_slice"},
+    "unshifted SFT term": {**RECIPE, "variant": "bug_unshifted"},
+    "padded labels": {**RECIPE, "variant": "bug_padding"},
+}
+
+SEEDS = [1, 2, 3, 4, 5]
 LISTS = {
-    "references": (REFERENCES, [1, 2, 3, 4, 5]),
+    "references": (REFERENCES, SEEDS),
     "screen": (SCREEN, [0]),
-    "recipe": (RECIPES, [1, 2, 3, 4, 5]),
-    "grid": (GRID, [1, 2, 3, 4, 5]),
+    "recipe": (RECIPES, SEEDS),
+    "positions": (POSITIONS, SEEDS),
+    "objectives": (OBJECTIVES, SEEDS),
+    "knobs": (KNOBS, SEEDS),
+    "wins": (WINS, SEEDS),
+    "neighbours": (NEIGHBOURS, SEEDS),
+    "bugs": (BUGS, SEEDS),
 }
