@@ -30,6 +30,21 @@ SCREEN = {
     "4800 examples, YaRN": {"n_examples": 4800, "fresh_questions": 200, **YARN},
 }
 
+# The rate, with YaRN as a key of the config: seed 6, which no later table has, and seed 1.
+ON_YARN = {"yarn_factor": 8.0, "rope_theta": 0.0, "n_examples": 4800}
+RATES = {
+    "lr 5e-3": ON_YARN,
+    "lr 3e-3": {**ON_YARN, "lr": 3e-3},
+    "lr 2e-3": {**ON_YARN, "lr": 2e-3},
+    "lr 2e-3, 200 steps": {**ON_YARN, "lr": 2e-3, "steps": 200},
+    "lr 1e-3": {**ON_YARN, "lr": 1e-3},
+    "lr 1e-3, YaRN factor 16": {**ON_YARN, "lr": 1e-3, "yarn_factor": 16.0},
+    "lr 1e-3, YaRN factor 16, window 2048":
+        {**ON_YARN, "lr": 1e-3, "yarn_factor": 16.0, "window": 2048},
+    "SFT, lr 5e-3": {**ON_YARN, "beta": 0.0},
+    "SFT, lr 2e-3": {**ON_YARN, "beta": 0.0, "lr": 2e-3},
+}
+
 # What the search came to. Objectives that are compared have the same answers, positions and steps.
 RECIPE = {"yarn_factor": 8.0, "rope_theta": 0.0, "n_examples": 4800, "lr": 1.5e-3}
 SFT = {"beta": 0.0}  # at sft_weight=1 what is left is SFT on the chosen answer
@@ -91,6 +106,7 @@ SEEDS = [1, 2, 3, 4, 5]
 LISTS = {
     "references": (REFERENCES, SEEDS),
     "screen": (SCREEN, [0]),
+    "rates": (RATES, [6, 1]),
     "recipe": (RECIPES, SEEDS),
     "positions": (POSITIONS, SEEDS),
     "objectives": (OBJECTIVES, SEEDS),
