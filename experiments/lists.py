@@ -1,7 +1,6 @@
 """Which runs there are: LISTS = {name: ({cell: difference from experiments/base.py}, seeds)}.
 
-A difference holds keys of configs/default.py, and two of the runner: steps=0 measures without
-training, and rope_scaling is written into the model's config.json.
+A difference holds keys of configs/default.py, and those of the runner: see run.py, remade.py.
 """
 YARN = {
     "rope_scaling": {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 128},
@@ -102,6 +101,71 @@ BUGS = {
     "padded labels": {**RECIPE, "variant": "bug_padding"},
 }
 
+# Which prompts the rejected answers come from: all on the pairs that have two of each kind.
+KINDS = {
+    "LOGO, irrelevant only": {**RECIPE, "kinds": "irrelevant"},
+    "LOGO, partial only": {**RECIPE, "kinds": "partial"},
+    "LOGO, both": {**RECIPE, "kinds": "both"},
+    "SFT, those pairs": {**RECIPE, **SFT, "kinds": "both"},
+}
+# Own wrong answers as one more; and their pairs, which are few, without them.
+NEGATIVES = {
+    "LOGO, M = 3": {**RECIPE, "n_rejected": 3},
+    "LOGO, M = 3, own wrong answers": {**RECIPE, "n_rejected": 3, "negatives": "own"},
+    "LOGO, the pairs of own wrong answers": {**RECIPE, "negatives": "own_where"},
+}
+FEW = {}
+for n in (50, 200):
+    FEW[f"LOGO, {n} pairs"] = {**RECIPE, "few": n}
+    FEW[f"SFT, {n} pairs"] = {**RECIPE, **SFT, "few": n}
+# The recipe samples at temperature 0.7.
+SAMPLED = {}
+for temperature in (0.0, 1.0):
+    answers = {"temperature": temperature}
+    SAMPLED[f"LOGO, temperature {temperature:g}"] = {**RECIPE, **answers}
+    SAMPLED[f"SFT, temperature {temperature:g}"] = {**RECIPE, **SFT, **answers}
+FROM_REFERENCE = {"chosen_from": "reference"}
+VERIFIED = {
+    "LOGO, the reference as chosen": {**RECIPE, **FROM_REFERENCE},
+    "SFT, the reference as chosen": {**RECIPE, **SFT, **FROM_REFERENCE},
+}
+# The same once more, beside as many steps at once; and answers by another model than the trained.
+BY_SFT = {"policy": {**RECIPE, **SFT}}
+ROUNDS = {
+    "LOGO, two rounds": {**RECIPE, "rounds": 2},
+    "SFT, two rounds": {**RECIPE, **SFT, "rounds": 2},
+    "LOGO, 800 steps": {**RECIPE, "steps": 800},
+    "SFT, 800 steps": {**RECIPE, **SFT, "steps": 800},
+    "LOGO, answers by the SFT model": {**RECIPE, **BY_SFT},
+    "SFT, answers by the SFT model": {**RECIPE, **SFT, **BY_SFT},
+}
+# What is real and what is not. A real prompt of 1,000 tokens needs room for question and answer.
+LONG = {**RECIPE, "context_size": 1000}
+REAL = {**LONG, "whole": True, "window": 1088, "positions": "none", "micro_batch": 4}
+LENGTH = {
+    "LOGO, real length": REAL,
+    "SFT, real length": {**REAL, **SFT},
+    "LOGO, the same documents": LONG,
+    "SFT, the same documents": {**LONG, **SFT},
+}
+# The window in windows of the model, with YaRN's factor. 8x is the recipe's.
+for times in (2, 4, 16):
+    wide = {**RECIPE, "window": 128 * times, "yarn_factor": float(times)}
+    wide["fresh_sizes"] = [104, 232, 488, 1000, 2024]
+    LENGTH[f"LOGO, window {times}x"] = wide
+    LENGTH[f"SFT, window {times}x"] = {**wide, **SFT}
+# 30 % of the window is real, as LongRecipe trains; and the neighbours' positions under SFT.
+THIRD = {**RECIPE, "n_chunks": 19}
+POSITIONED = {
+    "SFT, LongRecipe's positions": {**RECIPE, **SFT, "variant": "longrecipe"},
+    "SFT, chunks shuffled": {**RECIPE, **SFT, "variant": "untie_knots"},
+    "LOGO, 30 % real": THIRD,
+    "SFT, 30 % real": {**THIRD, **SFT},
+    "LOGO, LongRecipe's positions, 30 % real": {**THIRD, "variant": "longrecipe"},
+    "KL to the base alone": {**RECIPE, **SFT, "sft_weight": 0.0, "variant": "base_kl"},
+    "SFT, unshifted": {**RECIPE, **SFT, "variant": "bug_unshifted"},
+}
+
 SEEDS = [1, 2, 3, 4, 5]
 LISTS = {
     "references": (REFERENCES, SEEDS),
@@ -114,4 +178,12 @@ LISTS = {
     "wins": (WINS, SEEDS),
     "neighbours": (NEIGHBOURS, SEEDS),
     "bugs": (BUGS, SEEDS),
+    "kinds": (KINDS, SEEDS),
+    "negatives": (NEGATIVES, SEEDS),
+    "few": (FEW, SEEDS),
+    "sampled": (SAMPLED, SEEDS),
+    "verified": (VERIFIED, SEEDS),
+    "rounds": (ROUNDS, SEEDS),
+    "length": (LENGTH, SEEDS),
+    "positioned": (POSITIONED, SEEDS),
 }

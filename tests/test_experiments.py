@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 
 import experiments.__main__ as command
-from configs import BadInput, load_config, run_file, write_json
-from data import read_header
+from configs import BadInput, check_settings, load_config, run_file, write_json
+from data import check_fit, read_header
 from experiments import report
 from experiments.lists import LISTS
-from experiments.measure import invents, right, share, states
+from experiments.measure import TIMES, invents, right, share, states
 from experiments.run import OWN_KEYS, ROOT, aligned, run, settings, train
+from experiments.variants import VARIANTS
 from experiments.worlds import alike, gone
+from tokenizer import load_tokenizer
 
 DOCUMENT = os.path.join(ROOT, "EXPERIMENTS.md")
 
@@ -91,6 +93,11 @@ def test_every_cell_is_a_valid_config(name, monkeypatch):
     assert len(set(seeds)) == len(seeds)
     for difference in cells.values():
         cfg = settings(difference, 3)
+        check_settings({**cfg, "steps": cfg["steps"] or 1})  # 0: measured without training
+        if difference.get("whole"):
+            cfg["n_chunks"] = -(-cfg["context_size"] // cfg["chunk_size"])
+        check_fit(cfg, load_tokenizer(cfg["model"]))
+        assert difference.get("variant", "sft_all") in VARIANTS and set(cfg["fresh_sizes"]) <= set(TIMES)
         assert cfg["seed"] == 3
         for key, value in difference.items():
             assert key in OWN_KEYS or cfg[key] == value
