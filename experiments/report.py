@@ -1,10 +1,13 @@
-"""The tables of EXPERIMENTS.md, from the lines of runs: mean and 95 % interval over seeds.
+"""Tables and pictures of EXPERIMENTS.md, from the lines of runs: mean, 95 % interval over seeds.
 
-In the document a table stands between two comments, and `report` writes it anew:
+In the document a table stands between two comments, and `report` writes it anew; a picture is drawn
+where a comment asks for it. NAME is a list, or several, as recipe+references:
 
-    <!-- table NAME: right_1x right_8x ppl_64 -->
+    <!-- table NAME: right_1x right_8x ppl_64 -->              a row a cell
+    <!-- differences NAME from CELL: right_8x ppl_64 -->       a row a cell, less CELL seed by seed
     | ... |
     <!-- end -->
+    <!-- picture NAME in experiments/answers.png: CELL | CELL -->
 """
 import os
 import re
@@ -12,11 +15,16 @@ import statistics
 
 from configs import BadInput
 from data import read_lines
+from experiments.picture import draw
 
 # 97.5 % quantiles of Student's t with 1, 2, ... degrees of freedom: the spread of five seeds says
 # little of how far their mean may be off, and the normal's 1.96 would claim too much.
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-TABLE = re.compile(r"<!-- table (\S+): ([\w ]+) -->\n.*?<!-- end -->", re.DOTALL)
+TABLE = re.compile(
+    r"<!-- (table|differences) ([\w+]+)(?: from ([^:\n]+))?: ([\w ]+) -->\n.*?<!-- end -->",
+    re.DOTALL,
+)
+PICTURE = re.compile(r"<!-- picture ([\w+]+) in (\S+): (.+) -->")
 
 
 def mean_and_half(values: list[float]) -> tuple[float, float | None]:
@@ -44,8 +52,15 @@ def columns(line: dict) -> dict:
 def by_cell(lines: list[dict]) -> dict[str, list[dict]]:
     """The columns of each cell's runs, in the order in which cells came first."""
     cells = {}
+    difference_of = {}
     for line in lines:
-        cells.setdefault(line["cell"], []).append(columns(line))
+        cell = line["cell"]
+        # A cell that was changed and kept its name would be a mean of two things.
+        difference = line.get("difference")
+        if difference_of.setdefault(cell, difference) != difference:
+            raise BadInput(f"the lines of {cell!r} are of two differences: {difference_of[cell]} "
+                           f"and {difference}")
+        cells.setdefault(cell, []).append(columns(line))
     return cells
 
 
@@ -54,14 +69,62 @@ def table(lines: list[dict], names: list[str]) -> str:
 
     A column named worst_X is the smallest X of all seeds. A cell that lacks a column has a dash.
     """
-    rows = [["", "seeds", *[name.replace("_", " ") for name in names]],
-            ["---"] * (len(names) + 2)]
+    rows = []
     for cell, runs in by_cell(lines).items():
         row = [cell, str(len(runs))]
         for name in names:
             row.append(entry(runs, name))
         rows.append(row)
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return markdown(names, rows)
+
+
+def differences(lines: list[dict], reference: str, names: list[str]) -> str:
+    """A Markdown table: the named columns of each other cell less the reference's, seed by seed.
+
+    The cells of a seed share pairs, positions and questions, so that much of what seeds differ by
+    falls out. Bold: the 95 % interval does not hold 0.
+    """
+    cells = by_cell(lines)
+    if reference not in cells:
+        raise BadInput(f"no lines of {reference!r}, expected one of {', '.join(cells)}")
+    of_reference = {run["seed"]: run for run in cells.pop(reference)}
+    rows = []
+    for cell, runs in cells.items():
+        both = [(run, of_reference[run["seed"]]) for run in runs if run["seed"] in of_reference]
+        if not both:
+            continue
+        row = [cell, str(len(both))]
+        for name in names:
+            row.append(difference_of_two(both, name))
+        rows.append(row)
+    return markdown(names, rows)
+
+
+def difference_of_two(both: list[tuple[dict, dict]], name: str) -> str:
+    """One entry of differences(), of (run, the reference's run) of each seed."""
+    values = []
+    for run, reference in both:
+        if name not in run or name not in reference:
+            return "–"
+        values.append(run[name] - reference[name])
+    mean, half = mean_and_half(values)
+    text = f"{sign(mean)}{number(mean)}"
+    if half is None:
+        return text
+    text = f"{text} ±{number(half)}"
+    return f"**{text}**" if abs(mean) > half else text
+
+
+def sign(value: float) -> str:
+    """A plus, which numbers leave out."""
+    return "+" if value > 0 else ""
+
+
+def markdown(names: list[str], rows: list[list[str]]) -> str:
+    """Rows of a cell, its seeds and its columns, under a head."""
+    head = ["", "seeds", *[name.replace("_", " ") for name in names]]
+    rules = ["---"] * len(head)
+    return "\n".join("| " + " | ".join(row) + " |" for row in [head, rules, *rows])
 
 
 def entry(runs: list[dict], name: str) -> str:
@@ -88,22 +151,53 @@ def number(value: float) -> str:
     return f"{value:.0f}"
 
 
+def lines_of(names: str, folder: str) -> list[dict]:
+    """The lines of lists, as recipe+references, from folder/NAME.jsonl."""
+    lines = []
+    for name in names.split("+"):
+        path = os.path.join(folder, name + ".jsonl")
+        before = len(lines)
+        for _, line in read_lines(path):
+            lines.append(line)
+        if len(lines) == before:
+            raise BadInput(f"{path}: no lines, expected a line a run")
+    return lines
+
+
 def report(folder: str, document: str) -> None:
-    """Write every table of a document anew from folder/NAME.jsonl."""
+    """Write every table of a document anew from folder/NAME.jsonl, and draw its pictures."""
     with open(document, encoding="utf-8") as f:
         text = f.read()
 
     def written(match: re.Match) -> str:
-        name, wanted = match.groups()
-        path = os.path.join(folder, name + ".jsonl")
-        lines = []
-        for _, line in read_lines(path):
-            lines.append(line)
-        if not lines:
-            raise BadInput(f"{path}: no lines, expected a line a run")
-        return f"<!-- table {name}: {wanted} -->\n{table(lines, wanted.split())}\n<!-- end -->"
+        kind, names, reference, wanted = match.groups()
+        lines = lines_of(names, folder)
+        if kind == "table":
+            found = table(lines, wanted.split())
+        else:
+            found = differences(lines, reference, wanted.split())
+        head, _, _ = match.group().partition("\n")
+        return f"{head}\n{found}\n<!-- end -->"
 
     # Written, then renamed: a kill leaves the document as it was.
     with open(document + ".tmp", "w", encoding="utf-8") as f:
         f.write(TABLE.sub(written, text))
     os.replace(document + ".tmp", document)
+    for names, path, wanted in PICTURE.findall(text):
+        cells = by_cell(lines_of(names, folder))
+        shown = {}
+        for cell in wanted.split(" | "):
+            if cell not in cells:
+                raise BadInput(f"no lines of {cell!r}, expected one of {', '.join(cells)}")
+            shown[cell] = right_by_length(cells[cell])
+        draw(shown, os.path.join(os.path.dirname(document), path))
+
+
+def right_by_length(runs: list[dict]) -> dict[int, tuple[float, float | None]]:
+    """{windows of context: (mean share of right answers, half its interval)}, where measured."""
+    found = {}
+    for times in (1, 2, 4, 8, 16):
+        column = f"right_{times}x"
+        if all(column in run for run in runs):
+            found[times] = mean_and_half([run[column] for run in runs])
+    return found

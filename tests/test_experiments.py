@@ -14,6 +14,7 @@ from data import check_fit, read_header
 from experiments import report
 from experiments.lists import LISTS
 from experiments.measure import TIMES, invents, right, share, states
+from experiments.picture import draw
 from experiments.run import OWN_KEYS, ROOT, aligned, run, settings, train
 from experiments.variants import VARIANTS
 from experiments.worlds import alike, gone
@@ -129,6 +130,70 @@ def test_a_table_by_hand():
         "| --- | --- | --- | --- | --- |",
         "| x | 2 | .600 ±1.271 | .500 | 6.00 ±12.71 |",
         "| y | 1 | .250 | .250 | – |"]
+
+
+def test_lines_of_two_differences_are_no_cell():
+    lines = [{"cell": "x", "difference": {"lr": lr}, "right_8x": 0.5} for lr in (0.1, 0.2)]
+    with pytest.raises(BadInput, match="two differences"):
+        report.table(lines, ["right_8x"])
+
+
+def paired():
+    """Seeds differ by .2, the cells of a seed by .04 to .06: what differences are for."""
+    lines = []
+    for seed, value in ((1, 0.5), (2, 0.7), (3, 0.9)):
+        lines.append({"cell": "a", "seed": seed, "right_8x": value, "ppl_64": 5.0})
+        lines.append({"cell": "b", "seed": seed, "right_8x": value + 0.03 + 0.01 * seed, "ppl_64": 6.5})
+    lines.append({"cell": "b", "seed": 4, "right_8x": 0.0, "ppl_64": 0.0})  # a has no such seed
+    lines.append({"cell": "c", "seed": 1, "right_8x": 0.4})
+    lines.append({"cell": "d", "seed": 9, "right_8x": 0.4})
+    return lines
+
+
+def test_differences_are_those_of_the_same_seed():
+    # b: .04, .05, .06; deviation .01, half 4.303 * .01 / sqrt 3 = .0248.
+    assert report.differences(paired(), "a", ["right_8x", "ppl_64"]).splitlines() == [
+        "|  | seeds | right 8x | ppl 64 |",
+        "| --- | --- | --- | --- |",
+        "| b | 3 | **+.050 ±.025** | **+1.500 ±.000** |",
+        "| c | 1 | -.100 | – |"]
+    with pytest.raises(BadInput, match="no lines of 'z'"):
+        report.differences(paired(), "z", ["right_8x"])
+
+
+def test_what_may_be_chance_is_not_bold():
+    lines = [{"cell": cell, "seed": seed, "right_8x": value} for cell, values in {"a": (0.5, 0.5, 0.5), "b": (0.45, 0.5, 0.65)}.items()
+             for seed, value in enumerate(values)]
+    # -.05, 0, .15: mean .0333, deviation .1041, half 4.303 * .1041 / sqrt 3 = .2586.
+    assert report.differences(lines, "a", ["right_8x"]).splitlines()[-1] == "| b | 3 | +.033 ±.259 |"
+
+
+def test_a_document_has_differences_and_pictures(tmp_path):
+    pytest.importorskip("matplotlib")
+    for name, lines in (("one", paired()[:6]), ("two", paired()[6:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    document = tmp_path / "E.md"
+    document.write_text("<!-- differences one+two from a: right_8x -->\nold\n<!-- end -->\n<!-- picture one in made/answers.png: a | b -->\n")
+    report.report(str(tmp_path), str(document))
+    assert "| c | 1 | -.100 |" in document.read_text() and "old" not in document.read_text()
+    assert (tmp_path / "made" / "answers.png").read_bytes()[1:4] == b"PNG"
+
+
+def test_a_picture_shows_means_and_intervals(monkeypatch):
+    shown = {}
+
+    class Axis:
+        def errorbar(self, places, means, halves, **options):
+            shown[options["label"]] = [round(x) for x in places], means, halves
+
+        def __getattr__(self, name):
+            return lambda *_, **__: None
+
+    monkeypatch.setattr("experiments.picture.save_panels", lambda name, options, titles, width, paint: paint(Axis(), 0))
+    runs = [{"right_1x": 0.9, "right_8x": value} for value in (0.9, 0.92, 0.7)]
+    draw({"x": report.right_by_length(runs), "one seed": report.right_by_length(runs[:1])}, "a.png")
+    assert shown["x"][0] == [1, 8] and shown["x"][1] == pytest.approx([0.9, 0.84]) and shown["x"][2] == pytest.approx([0, 0.302], abs=1e-3)
+    assert shown["one seed"][2] == [0.0, 0.0]
 
 
 def published(folder, tmp_path):
