@@ -22,7 +22,7 @@ config = dict(
     beta=1.0, gamma=1.0, sft_weight=1.0,
     # queries and keys are what has to learn distance; everything else the model can do already
     lora_r=16, lora_alpha=32, lora_targets="q_proj,k_proj",
-    steps=400, batch_size=16, micro_batch=16, lr=2e-3,
+    steps=400, batch_size=16, micro_batch=16, lr=1.5e-3,
     checkpointing=False,
     threads=1,                        # the same numbers on any machine
     log_interval=25, save_interval=0,

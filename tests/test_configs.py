@@ -28,7 +28,7 @@ def config(*words):
     (["steps"], "expected key=value, found 'steps'"),
     (["fresh_sizes=5"], "fresh_sizes is 5, expected list"),
     (["checkpointing=1"], "checkpointing is 1, expected bool"),
-    (["train_also=embed"], "train_also='embed' needs lora_r"),
+    (["lora_r=0", "train_also=embed"], "train_also='embed' needs lora_r"),
 ])
 def test_a_bad_key_or_value_is_refused(args, message):
     with pytest.raises(BadInput, match=re.escape(message)):

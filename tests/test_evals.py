@@ -685,7 +685,7 @@ def run(tmp_path_factory):
     """A run of one step: its pairs' file, and what it logged before that step."""
     out = tmp_path_factory.mktemp("run")
     done = subprocess.run([sys.executable, "train_logo.py", "configs/tiny.py", "n_examples=40", "steps=1", "batch_size=4", "micro_batch=4",
-                           "held_out=8", "fresh_questions=0", "rope_theta=0", f"out={out}", "save_interval=1",
+                           "held_out=8", "fresh_questions=0", "rope_theta=0", "yarn_factor=0", f"out={out}", "save_interval=1",
                            f"evals=['needle haystack={TINY}/world.py lengths=[60] depths=[50] samples=1']"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return out

@@ -28,7 +28,10 @@ from tokenizer import load_tokenizer
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "models" / "tiny"
 LORA = ("lora_r=8", "train_also=embed,norm")
-SMALL = ["n_examples=40", "steps=4", "batch_size=8", "micro_batch=4", "held_out=4", "eval_interval=2", "fresh_sizes=[104]",
+# All weights at a larger RoPE base, where nothing else is said: whatever trains can be wrong. The file's own way is LoRA.
+EVERYTHING = ["lora_r=0", "lora_alpha=16", "lora_targets=q_proj,k_proj,v_proj,o_proj", "yarn_factor=0", "rope_theta=3e5", "lr=1.5e-3", "sft_weight=0.5"]
+AS_IN_THE_FILE = ("lora_r=16", "lora_targets=q_proj,k_proj", "yarn_factor=8", "rope_theta=0")
+SMALL = [*EVERYTHING, "n_examples=40", "steps=4", "batch_size=8", "micro_batch=4", "held_out=4", "eval_interval=2", "fresh_sizes=[104]",
          "fresh_questions=10", "threads=1"]
 
 
@@ -103,22 +106,24 @@ def test_training_lowers_the_loss_and_the_result_says_so(run):
     assert (run() / "source" / "train_logo.py").read_text() == (ROOT / "train_logo.py").read_text()
 
 
-def test_the_export_opens_in_transformers(run):
+@pytest.mark.parametrize("how", [(), AS_IN_THE_FILE], ids=["all weights, theta", "LoRA, YaRN"])
+def test_the_export_opens_in_transformers(run, how):
     transformers = pytest.importorskip("transformers")
-    folder = run() / "hf"
+    folder = run(*how) / "hf"
     theirs, ours = transformers.AutoModelForCausalLM.from_pretrained(folder), load_pretrained(folder)
     tokens = torch.randint(0, 500, (2, 40), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert torch.allclose(theirs(tokens).logits, ours.logits(tokens), atol=2e-5)
     assert theirs.config.max_position_embeddings == 1024
-    base = load_pretrained(TINY)
-    assert not torch.equal(base.lm_head.weight, ours.lm_head.weight)
+    base, query = load_pretrained(TINY), "model.layers.0.self_attn.q_proj.weight"
+    assert not torch.equal(base.get_parameter(query), ours.get_parameter(query))
 
 
-def test_the_first_loss_is_the_papers_formula_on_transformers_logits(run):
+@pytest.mark.parametrize("how", [(), AS_IN_THE_FILE], ids=["all weights, theta", "LoRA, YaRN"])
+def test_the_first_loss_is_the_papers_formula_on_transformers_logits(run, how):
     """Held-out loss before any step, from full rows, transformers' logits, and Eq. 2 and 3 written out in float64."""
     transformers = pytest.importorskip("transformers")
-    result = json.loads((run() / "result.json").read_text())
+    result = json.loads((run(*how) / "result.json").read_text())
     cfg = result["config"]
     settings = transformers.AutoConfig.from_pretrained(ROOT / cfg["model"])
     if cfg["rope_theta"]:
