@@ -5,8 +5,8 @@ Paper: LongBench 40.7 -> 43.9.
     torchrun --standalone --nproc_per_node=8 train_logo.py configs/llama3_8b_64k.py examples=FILE
 
 14 chunks instead of 16, so that the policy, which writes the answers itself, is asked inside its
-own 8,192 positions. The RoPE base stays the checkpoint's; rope_theta=4e6 (8 times) is the first
-thing to try. Not run with this code yet.
+own 8,192 positions. The RoPE stays the checkpoint's; yarn_factor=8 is the first thing to try, then
+rope_theta=4e6 (8 times). Not run with this code yet.
 """
 config = dict(
     model="models/Meta-Llama-3-8B-Instruct",

@@ -1,7 +1,7 @@
 """Runs in the tiny world, and the tables that follow from them.
 
     python -m experiments NAME [jobs=2]      the runs of a list that have no line yet
-    python -m experiments report             write the tables of EXPERIMENTS.md from the lines
+    python -m experiments report             write the tables of EXPERIMENTS.md and README.md
 
 Lists are in lists.py. A run is a process of its own and ends as one line of results/NAME.jsonl.
 A run that was killed or failed has no line, so that the same command does it again.
@@ -66,7 +66,8 @@ def one(path: str, wanted: dict) -> int:
 def main(argv: list[str]) -> int:
     """The command line. 1 where a run failed."""
     if argv[:1] == ["report"]:
-        report(RESULTS, os.path.join(ROOT, "EXPERIMENTS.md"))
+        for document in ("EXPERIMENTS.md", "README.md"):
+            report(RESULTS, os.path.join(ROOT, document))
         return 0
     if argv[:1] == ["one"]:
         return one(argv[1], json.loads(argv[2]))

@@ -1,9 +1,10 @@
-"""Tables and pictures of EXPERIMENTS.md, from the lines of runs: mean, 95 % interval over seeds.
+"""Tables and pictures of EXPERIMENTS.md and README.md, from the lines of runs.
 
 In the document a table stands between two comments, and `report` writes it anew; a picture is drawn
 where a comment asks for it. NAME is a list, or several, as recipe+references:
 
     <!-- table NAME: right_1x right_8x ppl_64 -->              a row a cell
+    <!-- table NAME of CELL | CELL: right_8x ppl_64 -->        of these, in this order
     <!-- differences NAME from CELL: right_8x ppl_64 -->       a row a cell, less CELL seed by seed
     | ... |
     <!-- end -->
@@ -21,7 +22,8 @@ from experiments.picture import draw
 # little of how far their mean may be off, and the normal's 1.96 would claim too much.
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 TABLE = re.compile(
-    r"<!-- (table|differences) ([\w+]+)(?: from ([^:\n]+))?: ([\w ]+) -->\n.*?<!-- end -->",
+    r"<!-- (table|differences) ([\w+]+)(?: (?:of|from) ([^:\n]+))?: ([\w ]+) -->\n"
+    r".*?<!-- end -->",
     re.DOTALL,
 )
 PICTURE = re.compile(r"<!-- picture ([\w+]+) in (\S+): (.+) -->")
@@ -64,18 +66,29 @@ def by_cell(lines: list[dict]) -> dict[str, list[dict]]:
     return cells
 
 
-def table(lines: list[dict], names: list[str]) -> str:
+def table(lines: list[dict], names: list[str], wanted: str | None = None) -> str:
     """A Markdown table, a row a cell: how many seeds, then "mean ±half" of the named columns.
 
     A column named worst_X is the smallest X of all seeds. A cell that lacks a column has a dash.
+    wanted: "CELL | CELL", the cells to show and their order; None: all.
     """
+    cells = by_cell(lines)
+    if wanted:
+        cells = {cell: runs_of(cells, cell) for cell in wanted.split(" | ")}
     rows = []
-    for cell, runs in by_cell(lines).items():
+    for cell, runs in cells.items():
         row = [cell, str(len(runs))]
         for name in names:
             row.append(entry(runs, name))
         rows.append(row)
     return markdown(names, rows)
+
+
+def runs_of(cells: dict[str, list[dict]], cell: str) -> list[dict]:
+    """The runs of a cell. BadInput where there are none."""
+    if cell not in cells:
+        raise BadInput(f"no lines of {cell!r}, expected one of {', '.join(cells)}")
+    return cells[cell]
 
 
 def differences(lines: list[dict], reference: str, names: list[str]) -> str:
@@ -85,9 +98,8 @@ def differences(lines: list[dict], reference: str, names: list[str]) -> str:
     falls out. Bold: the 95 % interval does not hold 0.
     """
     cells = by_cell(lines)
-    if reference not in cells:
-        raise BadInput(f"no lines of {reference!r}, expected one of {', '.join(cells)}")
-    of_reference = {run["seed"]: run for run in cells.pop(reference)}
+    of_reference = {run["seed"]: run for run in runs_of(cells, reference)}
+    del cells[reference]
     rows = []
     for cell, runs in cells.items():
         both = [(run, of_reference[run["seed"]]) for run in runs if run["seed"] in of_reference]
@@ -170,12 +182,12 @@ def report(folder: str, document: str) -> None:
         text = f.read()
 
     def written(match: re.Match) -> str:
-        kind, names, reference, wanted = match.groups()
+        kind, names, chosen, wanted = match.groups()
         lines = lines_of(names, folder)
         if kind == "table":
-            found = table(lines, wanted.split())
+            found = table(lines, wanted.split(), chosen)
         else:
-            found = differences(lines, reference, wanted.split())
+            found = differences(lines, chosen, wanted.split())
         head, _, _ = match.group().partition("\n")
         return f"{head}\n{found}\n<!-- end -->"
 
@@ -187,9 +199,7 @@ def report(folder: str, document: str) -> None:
         cells = by_cell(lines_of(names, folder))
         shown = {}
         for cell in wanted.split(" | "):
-            if cell not in cells:
-                raise BadInput(f"no lines of {cell!r}, expected one of {', '.join(cells)}")
-            shown[cell] = right_by_length(cells[cell])
+            shown[cell] = right_by_length(runs_of(cells, cell))
         draw(shown, os.path.join(os.path.dirname(document), path))
 
 

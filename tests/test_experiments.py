@@ -20,7 +20,7 @@ from experiments.variants import VARIANTS
 from experiments.worlds import alike, gone
 from tokenizer import load_tokenizer
 
-DOCUMENT = os.path.join(ROOT, "EXPERIMENTS.md")
+DOCUMENTS = [os.path.join(ROOT, name) for name in ("EXPERIMENTS.md", "README.md")]
 
 
 def fake_run(monkeypatch, fails=()):
@@ -196,19 +196,28 @@ def test_a_picture_shows_means_and_intervals(monkeypatch):
     assert shown["one seed"][2] == [0.0, 0.0]
 
 
-def published(folder, tmp_path):
-    """EXPERIMENTS.md as the lines of a folder make it."""
-    path = tmp_path / "EXPERIMENTS.md"
-    shutil.copy(DOCUMENT, path)
-    report.report(str(folder), str(path))
+def published(document, tmp_path):
+    """A document as the lines make it."""
+    path = tmp_path / "document.md"
+    shutil.copy(document, path)
+    report.report(str(command.RESULTS), str(path))
     return path.read_text()
 
 
-def test_the_published_tables_follow_from_the_lines(tmp_path):
-    with open(DOCUMENT, encoding="utf-8") as f:
+@pytest.mark.parametrize("document", DOCUMENTS, ids=os.path.basename)
+def test_the_published_tables_follow_from_the_lines(tmp_path, document):
+    with open(document, encoding="utf-8") as f:
         text = f.read()
     assert re.search(report.TABLE, text)
-    assert published(command.RESULTS, tmp_path) == text
+    assert published(document, tmp_path) == text
+
+
+def test_a_table_shows_the_cells_that_are_asked_for():
+    lines = [{"cell": cell, "right_8x": value} for cell, value in (("x", 0.5), ("y", 0.25), ("z", 0.75))]
+    rows = report.table(lines, ["right_8x"], "z | x").splitlines()[2:]
+    assert rows == ["| z | 1 | .750 |", "| x | 1 | .500 |"]
+    with pytest.raises(BadInput, match="no lines of 'w', expected one of x, y, z"):
+        report.table(lines, ["right_8x"], "w")
 
 
 @pytest.mark.parametrize("wrong", [

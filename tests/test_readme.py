@@ -59,7 +59,8 @@ def check_pairs(words):
         if command == "score":
             check_settings_words(rest)
         elif command == "convert":
-            assert rest[0] in importlib.import_module("pairs.convert").FORMATS and len(rest) == 3
+            convert = importlib.import_module("pairs.convert")
+                assert rest[0] in {**convert.FORMATS, **convert.TO_TRL} and len(rest) in (1, 3)
         else:
             assert not rest or rest[0].endswith("pairs.jsonl")
             assert command != "show" or len(rest) < 2 or rest[1].isdigit()
