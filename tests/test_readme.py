@@ -60,7 +60,7 @@ def check_pairs(words):
             check_settings_words(rest)
         elif command == "convert":
             convert = importlib.import_module("pairs.convert")
-                assert rest[0] in {**convert.FORMATS, **convert.TO_TRL} and len(rest) in (1, 3)
+            assert rest[0] in {**convert.FORMATS, **convert.TO_TRL} and len(rest) in (1, 3)
         else:
             assert not rest or rest[0].endswith("pairs.jsonl")
             assert command != "show" or len(rest) < 2 or rest[1].isdigit()
