@@ -73,10 +73,9 @@ def table(lines: list[dict], names: list[str], wanted: str | None = None) -> str
     wanted: "CELL | CELL", the cells to show and their order; None: all.
     """
     cells = by_cell(lines)
-    if wanted:
-        cells = {cell: runs_of(cells, cell) for cell in wanted.split(" | ")}
     rows = []
-    for cell, runs in cells.items():
+    for cell in wanted.split(" | ") if wanted else cells:
+        runs = runs_of(cells, cell)
         row = [cell, str(len(runs))]
         for name in names:
             row.append(entry(runs, name))
