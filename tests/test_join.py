@@ -12,6 +12,7 @@ import transformers
 from checkpoint import load_pretrained, save_pretrained
 from configs import BadInput, load_config, run_file
 from data import encode_group, load_pairs
+from evals import needle, qa
 from evals.common import Subject
 from generate import generate
 from loss import logo_loss
@@ -244,3 +245,38 @@ def test_pairs_of_a_chat_model_become_messages_that_trl_makes_the_same_prompt_of
         assert theirs(text, add_special_tokens=False)["input_ids"] == group.tokens[:group.segments[0].end].tolist() + [last]
     back = converted("trl", tmp_path / "trl.jsonl", tmp_path / "back.jsonl")
     assert [(row.get("system"), row["rejected"]) for row in back] == [(None, ["Ida.", "Ada."]), ("Be kind.", ["Ida.", "Ada."])]
+
+
+# ------------------------------------------------------------------------------------------------ lm-evaluation-harness
+
+def test_lm_evaluation_harness_counts_what_we_count(tmp_path):
+    """Of an export, offline: its answers are ours, and its scores what our own functions say of them."""
+    pytest.importorskip("lm_eval", reason="needs pip install lm-eval[hf]==0.4.13: three minutes, so it is not in requirements-dev.txt")
+    model = load_pretrained(TINY)
+    model.config.extend(512)                                    # the longer window, which it must not cut at 128
+    save_pretrained(model, tmp_path / "hf", tokenizer=TINY)
+    subject, world, rows, expected = Subject(str(tmp_path / "hf"), {"dtype": "float32"}), run_file(f"{TINY}/world.py"), {}, {}
+    for task in ("ruler_like", "longbench_like"):
+        examples = [world.needle("multiquery", 240, 25 * (i % 5), i) for i in range(12)] if task == "ruler_like" else [*world.examples(12, 240, 3)]
+        prompts, tails = [], [f"\nQuestion: {example['question']}\nAnswer:" for example in examples]
+        for example, tail in zip(examples, tails):
+            prompts.append(subject.prompt(example["context"], "", tail)[0])
+        rows[task] = [{"input": example["context"] + tail, "outputs": example["answers"], "context": example["context"],
+                       "question": example["question"], "answers": example["answers"]} for example, tail in zip(examples, tails)]
+        (tmp_path / f"{task}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[task]))
+        said = subject.answers(prompts, [0] * len(prompts), 16)
+        score = needle.given if task == "ruler_like" else lambda text, answers: max(qa.token_f1(text, answer) for answer in answers)
+        expected[task] = said, sum(score(text, example["answers"]) for text, example in zip(said, examples)) / len(said)
+    done = subprocess.run([sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args", f"pretrained={tmp_path}/hf,dtype=float32", "--device", "cpu",
+                           "--tasks", "ruler_like,longbench_like", "--include_path", str(ROOT / "tests" / "lm_eval_tasks"), "--apply_chat_template",
+                           "--batch_size", "1", "--output_path", str(tmp_path / "found"), "--log_samples"], cwd=tmp_path, capture_output=True, text=True,
+                          env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")})
+    assert done.returncode == 0, done.stderr
+    result, = (tmp_path / "found").rglob("results_*.json")
+    found = json.loads(result.read_text())["results"]
+    for task, metric in (("ruler_like", "string_match_all"), ("longbench_like", "qa_f1_score")):
+        samples, = (tmp_path / "found").rglob(f"samples_{task}_*.jsonl")
+        samples = sorted(rows_of(samples), key=lambda sample: sample["doc_id"])
+        said, score = expected[task]
+        assert [sample["resps"][0][0].strip() for sample in samples] == [text.strip() for text in said]
+        assert found[task][f"{metric},none"] == pytest.approx(score) and 0.2 < score < 1
