@@ -280,3 +280,12 @@ def test_lm_evaluation_harness_counts_what_we_count(tmp_path):
         said, score = expected[task]
         assert [sample["resps"][0][0].strip() for sample in samples] == [text.strip() for text in said]
         assert found[task][f"{metric},none"] == pytest.approx(score) and 0.2 < score < 1
+
+
+def test_the_tasks_that_the_readme_names_exist():
+    tasks = pytest.importorskip("lm_eval.tasks", reason="needs pip install lm-eval[hf]==0.4.13")
+    lines = [line for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines() if line.startswith("    lm_eval ")]
+    named = {name for line in lines for name in line.split("--tasks ")[1].split()[0].split(",")}
+    assert named >= {"ruler", "babilong_longctx", "longbench", "longbench2", "mmlu"}
+    assert named <= set(tasks.TaskManager().all_tasks)
+    assert all("--apply_chat_template" in line and line.startswith("    lm_eval --model hf ") for line in lines)
