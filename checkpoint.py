@@ -37,6 +37,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from configs import BadInput, exit_on_bad_input, read_json, reading, write_json
+from console import asked_for_help, print_help
 from model import Llama, LlamaConfig, LoRALinear
 from tokenizer import Tokenizer, load_tokenizer
 
@@ -1054,6 +1055,10 @@ def best_checkpoint(folders: list[str]) -> str | None:
 
 # ------------------------------------------------------------------------------- merge
 
+USAGE = "python checkpoint.py merge ADAPTER_OR_STEP_FOLDER OUT [BASE_MODEL_FOLDER]"
+EXAMPLE = "python checkpoint.py merge out/mine/adapter MERGED"
+
+
 def merge(source: str, out: str, base: str = "") -> None:
     """Write an adapter, or what a checkpoint has trained, with its base model as a model folder."""
     out = os.path.normpath(out)
@@ -1098,8 +1103,15 @@ def load_trained(folder: str, base: str) -> tuple[Llama, str, str]:
     return model, base, template
 
 
+def main(argv: list[str]) -> None:
+    if asked_for_help(argv) or not argv:
+        print_help(f"{USAGE}\n\n{merge.__doc__}\n\n    {EXAMPLE}", {})
+        sys.exit(0 if argv else 2)
+    if len(argv) not in (3, 4) or argv[0] != "merge":
+        raise BadInput(f"expected: {USAGE}")
+    merge(*argv[1:])
+
+
 if __name__ == "__main__":
     sys.excepthook = exit_on_bad_input
-    if len(sys.argv) not in (4, 5) or sys.argv[1] != "merge":
-        sys.exit("usage: python checkpoint.py merge ADAPTER_OR_STEP_FOLDER OUT [BASE_MODEL_FOLDER]")
-    merge(*sys.argv[2:])
+    main(sys.argv[1:])

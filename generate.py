@@ -38,7 +38,8 @@ def generate(model: Llama,
              generator: torch.Generator | None = None,
              shared: list[int] | None = None,
              look: Look | None = None,
-             batch_tokens: int = 0) -> list[list[int]]:
+             batch_tokens: int = 0,
+             progress: Callable[[int], None] | None = None) -> list[list[int]]:
     """Continue each prompt: its new ids, with the stop token where one came.
 
     An answer without a stop token at its end was cut by max_new_tokens. temperature 0 is greedy.
@@ -46,7 +47,7 @@ def generate(model: Llama,
     tokens others may begin with as well; equal beginnings are computed once. look(i, token, tops)
     is told of each new token of prompt i with (layers, H): where in its row each head's arg-max
     was. batch_tokens: cache slots of a batch, see batches; 0: what memory there is, see
-    slots_in_memory.
+    slots_in_memory. progress(n) is told after each batch that n more answers are there.
     """
     for i, prompt in enumerate(prompts):
         if not len(prompt):
@@ -77,6 +78,8 @@ def generate(model: Llama,
         found = answer_batch(model, layout, cache, numbers, max_new_tokens, choose, stop_ids, look)
         for i, ids in zip(numbers, found):
             answers[i] = ids
+        if progress:
+            progress(len(numbers))
         steps = max(len(ids) for ids in found)
         if generator and steps > longest:
             longest = steps

@@ -1,22 +1,19 @@
 """What watches over a run. Nothing in here is about training: a first reading can do without it.
 
     choose_device, init_processes       processes that may wait for hours, and end without a crash
-    make_mesh, leave
-    on_error                            one line says what was wrong, where it is seen
+    make_mesh
     lock                                one run at a time in a folder
     check_*, save_source                what must hold before work begins; what made the run
     full_rows, check_layouts            the layout against M + 1 full rows, before step 1
     StopSignals                         SIGTERM and Ctrl-C end a run after a step, with a checkpoint
     FaultWatch                          ends a run that is beyond help
     save, evaluate_checkpoint           a checkpoint, and a config's `evals` on it
-    keep_metrics, append_metrics        metrics.jsonl holds every step once, whatever happened
-    Report, sentence, throughput        what is printed of a step
+    scored_tokens, work_of              what a step has done
 
 A file of its own, since a script is read from the top, and none of this comes first to a reader.
 """
 import fcntl
 import glob
-import json
 import math
 import os
 import resource
@@ -25,9 +22,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-import traceback
-from collections import deque
 from collections.abc import Callable
 from datetime import timedelta
 from typing import IO, Any
@@ -37,13 +31,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from checkpoint import check_adapter, prune, read_adapter, save_checkpoint
-from configs import (
-    BadInput,
-    default_groups,
-    exit_on_bad_input,
-    load_config,
-    write_json,
-)
+from configs import BadInput, default_groups, load_config, write_json
+from console import on_error, say
 from data import Batch
 from model import Llama, Segment, step_flops
 
@@ -57,12 +46,6 @@ FAULTY_STEPS = 3  # in a row: then it is not a pair that is at fault
 
 
 # --------------------------------------------------------------------------------------- processes
-
-def say(text: str) -> None:
-    """Print a line, once for all processes."""
-    if int(os.environ.get("RANK", "0")) == 0:
-        print(text, flush=True)
-
 
 def choose_device(threads: int) -> torch.device:
     """This process's GPU, or the CPU with its share of the cores (or so many threads)."""
@@ -100,48 +83,6 @@ def make_mesh(device_type: str, world: int, shard_size: int) -> DeviceMesh:
     replicate, _ = dist.new_subgroups_by_enumeration(ranks.T.tolist(), timeout=PATIENCE)
     return DeviceMesh.from_group([replicate, shard], device_type, mesh=ranks,
                                  mesh_dim_names=("replicate", "shard"))
-
-
-def leave(code: int) -> None:
-    """End this process, without the interpreter's own end.
-
-    gloo's threads outlive destroy_process_group, and one that lets go of a tensor while Python is
-    being taken down aborts the process (PyTorch issue 190489).
-    """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
-def on_error(kind, error, trace) -> None:
-    """sys.excepthook of a run: bad input and Ctrl-C are one line each; every error ends it."""
-    if issubclass(kind, KeyboardInterrupt):
-        if int(os.environ.get("RANK", "0")) == 0:
-            print("interrupted: the same command goes on from what is written "
-                  "(with resume=auto, where there is a step_ folder)", file=sys.stderr)
-        leave(130)  # 128 + SIGINT, as shells have it: no success
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        error = tell_torchrun(kind, error)
-    exit_on_bad_input(kind, error, trace)
-    leave(1)
-
-
-def tell_torchrun(kind, error) -> Exception:
-    """The error, with a word on what follows it: torchrun adds some 25 lines of its own.
-
-    torchrun ends its report with what it finds in a file that it has named, so that the cause
-    stands in the last lines as well, not only far above them.
-    """
-    message = "".join(traceback.format_exception_only(kind, error)).strip()
-    if issubclass(kind, BadInput):
-        message = (f"{error} (this is the cause; torchrun's own lines only say that a process has "
-                   "ended. One process does without them: python train_logo.py, or -m pairs)")
-        error = BadInput(message)
-    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if path:
-        with open(path, "w", encoding="utf-8") as f:
-            json.dump({"message": f"error: {message}", "timestamp": int(time.time())}, f)
-    return error
 
 
 # ------------------------------------------------------------------------------- before work begins
@@ -297,45 +238,7 @@ class FaultWatch:
                            "lr, or look at these pairs")
 
 
-# ----------------------------------------------------------------------------------- metrics.jsonl
-
-def append_metrics(folder: str, metrics: dict) -> None:
-    """Append a step's line; one that cannot be written whole is taken back, with a warning."""
-    # Half a line, of a full disk, would spoil the file for everything that reads it later.
-    path = os.path.join(folder, "metrics.jsonl")
-    size = os.path.getsize(path) if os.path.exists(path) else 0
-    try:
-        with open(path, "a", encoding="utf-8") as f:
-            f.write(json.dumps(metrics) + "\n")
-    except OSError as e:
-        os.truncate(path, size)
-        say(f"warning: {path}: step {metrics['step']} is not in it ({e.strerror})")
-
-
-def keep_metrics(folder: str, steps: int) -> None:
-    """Leave the first steps' lines: what was done after the checkpoint is done again."""
-    path = os.path.join(folder, "metrics.jsonl")
-    kept = []
-    if steps and os.path.exists(path):
-        with open(path, encoding="utf-8") as f:
-            for line in f:
-                # A kill may have cut the last one short.
-                whole = line.endswith("\n")
-                if whole and json.loads(line)["step"] <= steps:
-                    kept.append(line)
-    with open(path + ".tmp", "w", encoding="utf-8") as f:
-        f.writelines(kept)
-    os.replace(path + ".tmp", path)
-
-
 # ---------------------------------------------------------------------------- what a step has done
-
-def is_due(done: int, interval: int, steps: int) -> bool:
-    """Every so many steps (0: never), and after the last."""
-    if done == steps:
-        return True
-    return interval > 0 and done % interval == 0
-
 
 def scored_tokens(batch: Batch) -> int:
     """Tokens whose logits are made: the answers'."""
@@ -365,71 +268,6 @@ def peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated()
     # Of a CPU process all there is, with what malloc keeps for itself.
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-def sentence(step: int, metrics: dict) -> str:
-    """A step as aligned numbers; metrics are named as TRL names them."""
-    accuracy = metrics["rewards/accuracies"]
-    margin = metrics["rewards/margins"]
-    chosen = metrics["logps/chosen"]
-    rejected = metrics["logps/rejected"]
-    return (f"step {step:5d}  loss {metrics['loss']:.4f}  accuracy {accuracy:.2f}  "
-            f"margin {margin:+6.2f}  chosen {chosen:7.3f}  rejected {rejected:7.3f}  "
-            f"nll {metrics['nll']:6.3f}")
-
-
-def throughput(metrics: dict, peak: float | None, processes: int, seconds_left: float) -> str:
-    """Tokens and TFLOP a second over all processes, their share of the datasheet's, time left."""
-    tokens = metrics["tokens"] / metrics["seconds"]
-    tflops = metrics["tflop"] / metrics["seconds"]
-    share = ""
-    if peak:
-        share = f"  MFU {1e12 * tflops / (peak * processes):.1%}"
-    minutes, seconds = divmod(round(seconds_left), 60)
-    hours, minutes = divmod(minutes, 60)
-    return (f"  {tokens:7,.0f} tokens/s  {tflops:6.3g} TFLOP/s{share}"
-            f"  left {hours}:{minutes:02d}:{seconds:02d}")
-
-
-class Report:
-    """Every step in metrics.jsonl; every log_interval steps, and at a fault, a sentence."""
-
-    def __init__(self, folder: str, cfg: dict, processes: int, peak: float | None):
-        self.folder = folder
-        self.cfg = cfg
-        self.processes = processes
-        self.peak = peak
-        self.recent = deque(maxlen=20)  # seconds of the last steps
-
-    def step(self, metrics: dict, first: dict) -> None:
-        """metrics: of a step, with "held_out" where that was evaluated. first: held-out, before."""
-        if dist.get_rank() == 0:
-            append_metrics(self.folder, metrics)
-        steps = self.cfg["steps"]
-        done = metrics["step"]
-        text = sentence(done, metrics)
-        text += f"  lr {metrics['lr']:.2e}  |grad| {metrics['grad_norm']:6.2f}"
-        text += f"  {metrics['seconds']:.2f}s"
-        first_step = not self.recent
-        if not first_step:  # that one also warms up, and says nothing about speed
-            pace = sum(self.recent) / len(self.recent)
-            text += throughput(metrics, self.peak, self.processes, pace * (steps - done))
-        faulty = "skipped" in metrics
-        if faulty:
-            text += f"  not finite, left out from here on: pairs {metrics['skipped']}"
-        if first_step or faulty or is_due(done, self.cfg["log_interval"], steps):
-            say(text)
-        self.recent.append(metrics["seconds"])
-        if "held_out" in metrics:
-            say(sentence(done, metrics["held_out"]) + "  held-out")
-            warn_of_displacement(first["logps/chosen"], metrics["held_out"]["logps/chosen"])
-
-
-def warn_of_displacement(before: float, now: float) -> None:
-    """Likelihood displacement: margins grow while the chosen answer is lost with the others."""
-    if now < before - 0.5:
-        say(f"warning: chosen log-prob fell from {before:.3f} to {now:.3f}: "
-            "raise sft_weight or lower lr")
 
 
 # ------------------------------------------------------------------------------------- checkpoints

@@ -1,6 +1,7 @@
 """Ask a model folder a question about a file; see the answer as it is written, and its sources.
 
     python sample.py MODEL "question" [context=FILE] [key=value]
+    python sample.py out/tiny/hf "Who is Rosa?" context=rosa.txt
 
 The answer goes to standard output. Below it, on standard error: the chunks of the file that the
 attention heads copied from most. A head copies where its arg-max lies on a token of the file in the
@@ -12,6 +13,7 @@ import torch
 
 from checkpoint import DTYPES, dtype_named, load_pretrained
 from configs import BadInput, exit_on_bad_input, refuse, with_arguments
+from console import asked_for_help, print_help
 from generate import generate
 from tokenizer import Tokenizer, load_tokenizer
 
@@ -94,6 +96,9 @@ def copied_places(prompt: list[int], document: range, token: int, tops: torch.Te
 
 
 def main(argv: list[str]) -> None:
+    if asked_for_help(argv) or not argv:
+        print_help(__doc__, {"keys:": OPTIONS}, __file__)
+        sys.exit(0 if argv else 2)
     if len(argv) < 2 or "=" in argv[0]:
         raise BadInput('expected: python sample.py MODEL "question" [context=FILE] [key=value]')
     folder, question, *words = argv

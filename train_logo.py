@@ -3,6 +3,8 @@
     torchrun --standalone train_logo.py                         configs/tiny.py, on a laptop's CPU
     torchrun --standalone --nproc_per_node=8 train_logo.py configs/llama3_8b_80k.py lr=2e-5 steps=50
     ... resume=auto                                             the same command, after a kill
+    ... dry_run=True                                            all of it but the training
+    ... -h                                                      every key with its value
 
     1  settings           configs/default.py < the named file < key=value of the command line
     2  before             what the model answers now; its own answers become the pairs
@@ -11,11 +13,11 @@
     5  loop               the training step stands between two double lines
     6  after              the export; what the model answers now
 
-Reads a Hugging Face folder. Writes, under out/NAME: pairs.jsonl, metrics.jsonl, step_000100/ (to
-resume), hf/ (the aligned model), adapter/ (LoRA), result.json, config.json, source/ (what made it).
-One process and many take one path: a step's groups are shared out, and gradient and metrics are
-means over all of them. What watches over a run (lock, signals, checkpoints, damage, its printed
-lines) stands in guard.py.
+Reads a Hugging Face folder. Writes, under out/NAME: pairs.jsonl, metrics.jsonl and curves.png,
+step_000100/ (to resume), hf/ (the aligned model), adapter/ (LoRA), result.json, config.json,
+source/ (what made it). One process and many take one path: a step's groups are shared out, and
+gradient and metrics are means over all of them. What watches over a run (lock, signals,
+checkpoints, damage) stands in guard.py, what it says in report.py.
 """
 import gc
 import math
@@ -23,6 +25,41 @@ import os
 import sys
 import time
 from functools import cache
+
+from configs import (
+    BadInput,
+    check_settings,
+    check_training,
+    config_file,
+    load_config,
+    pairs_path,
+    run_folder,
+    write_json,
+)
+from console import Progress, asked_for_help, leave, on_error, print_settings_help, say
+
+# ------------------------------------------------------------------------------------- 1. settings
+
+if __name__ == "__main__":
+    # Before PyTorch is imported, which takes seconds: a wrong word is said at once.
+    sys.excepthook = on_error
+    if asked_for_help(sys.argv[1:]):
+        print_settings_help(__doc__, sys.argv[1:])
+        sys.exit()
+    # All keys, with their meaning, are in configs/default.py. These make it LOGO, and by default
+    # are what the paper has for Llama-3:
+    #
+    #     window=65536      K, the positions that a prompt's chunks are spread over (Eq. 4)
+    #     n_rejected=2      M, rejected answers to a prompt
+    #     beta=10.0         scale of the rewards (Eq. 2)
+    #     gamma=3.0         margin between chosen and rejected, outside beta
+    #     sft_weight=0.1    lambda, weight of the chosen answer's log-likelihood (Eq. 3)
+    #     batch_size=64     groups (a prompt and its M + 1 answers) a step, over all processes
+    cfg = load_config(sys.argv[1:])
+    rank = int(os.environ.get("RANK", "0"))
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    check_settings(cfg)
+    check_training(cfg, world)
 
 import torch
 import torch.distributed as dist
@@ -35,6 +72,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 
 import guard
+import report
 from checkpoint import (
     all_gather,
     config_path,
@@ -49,15 +87,6 @@ from checkpoint import (
     sha256,
     start_lora,
 )
-from configs import (
-    BadInput,
-    check_settings,
-    check_training,
-    load_config,
-    pairs_path,
-    run_folder,
-    write_json,
-)
 from data import (
     Batch,
     Sample,
@@ -68,29 +97,11 @@ from data import (
     split_pairs,
     step_samples,
 )
-from guard import say
 from loss import logo_loss
 from model import Llama, count_parameters
 from tokenizer import load_tokenizer
 
-# ------------------------------------------------------------------------------------- 1. settings
-
 # Whatever can be wrong with what the user gave is said in this stage, before hours are spent.
-sys.excepthook = guard.on_error
-# All keys, with their meaning, are in configs/default.py. These make it LOGO, and by default are
-# what the paper has for Llama-3:
-#
-#     window=65536      K, the positions that a prompt's chunks are spread over (Eq. 4)
-#     n_rejected=2      M, rejected answers to a prompt
-#     beta=10.0         scale of the rewards (Eq. 2)
-#     gamma=3.0         margin between chosen and rejected, outside beta
-#     sft_weight=0.1    lambda, weight of the chosen answer's log-likelihood (Eq. 3)
-#     batch_size=64     groups (a prompt and its M + 1 answers) a step, over all processes
-cfg = load_config(sys.argv[1:])
-rank = int(os.environ.get("RANK", "0"))
-world = int(os.environ.get("WORLD_SIZE", "1"))
-check_settings(cfg)
-check_training(cfg, world)
 if cfg["evals"]:
     from evals.__main__ import read_command
     guard.check_evals(cfg["evals"], read_command)
@@ -109,12 +120,16 @@ guard.check_lora(cfg, model)
 
 guard.init_processes(device)
 folder = run_folder(cfg)
-lock = guard.lock(folder) if rank == 0 else None
+writes = rank == 0 and not cfg["dry_run"]
+lock = guard.lock(folder) if writes else None
 resumed, state = find_checkpoint(folder, cfg["resume"])
 if resumed:
     guard.check_resumable(resumed, state, cfg)
-if rank == 0:
+start_step = state["step"] if resumed else 0
+tracker = report.Tracker()
+if writes:
     guard.save_source(folder, cfg)
+    tracker = report.open_tracker(cfg, folder, start_step)
 
 
 # --------------------------------------------------------------- 2. before: questions, then pairs
@@ -127,19 +142,23 @@ def policy() -> Llama:
     return load_pretrained(cfg["model"], dtype, device, cfg["adapter"])
 
 
-def right_answers(open_model, label: str) -> dict[int, tuple[int, int]]:
-    """{context size: (right, asked)} on fresh questions. open_model: a function that gives it."""
+def right_answers(open_model, label: str) -> tuple[dict[str, tuple[int, int]], list[dict]]:
+    """{context size: (right, asked)} on fresh questions, and the first ones of the last size.
+
+    open_model: a function that gives the model.
+    """
     found = {}
+    said = []
     if not cfg["fresh_questions"]:
-        return found
+        return found, said
     from evals.questions import count_right
 
     for size in cfg["fresh_sizes"]:
-        right, asked = count_right(open_model(), tokenizer, cfg, size, rank, world)
-        found[size] = (right, asked)
+        right, asked, said = count_right(open_model(), tokenizer, cfg, size, rank, world)
+        found[str(size)] = (right, asked)  # as JSON has it, which a resumed run reads
         say(f"right answers {label:24s} context {size:6d}  {right:4d} of {asked:4d}  "
             f"{right / asked:.3f}")
-    return found
+    return found, said
 
 
 def lap(name: str) -> None:
@@ -147,9 +166,44 @@ def lap(name: str) -> None:
     seconds[name] = time.time() - started - sum(seconds.values())
 
 
+def show_unwritten(model: Llama) -> None:
+    """Of a dry run without pairs: what the first prompt will be, and what a step costs at most."""
+    from pairs.build import first_prompt
+
+    say(f"{pairs_path(cfg)}: no pairs yet, the run itself or python -m pairs builds them")
+    policy()  # damaged weights are said now
+    if rank == 0:
+        group = encode_group(first_prompt(cfg, tokenizer), tokenizer, cfg)
+        report.show_group(group, tokenizer)
+        answers = (cfg["n_rejected"] + 1) * cfg["max_new_tokens"]
+        tokens = group.segments[0].end + answers
+        say_plan(model, cfg["micro_batch"] * tokens, cfg["micro_batch"] * answers,
+                 cfg["batch_size"] * tokens)
+    end_dry_run()
+
+
+def end_dry_run() -> None:
+    say("dry run: nothing was trained, nothing was written")
+    dist.destroy_process_group()
+    leave(0)
+
+
+def say_plan(model: Llama, tokens: int, scored: int, tokens_of_step: int) -> None:
+    """Work and peak of memory of a step. tokens, scored: of its largest micro-batch."""
+    from bench.plan import describe, peak_memory
+
+    accumulating = cfg["batch_size"] > cfg["micro_batch"] * world
+    memory = peak_memory(model, cfg, tokens, scored, shard_size, accumulating)
+    say(describe(trained, frozen, tokens_of_step, memory))
+
+
 started = time.time()
 seconds = {}
 trained, frozen = count_parameters(model)
+file = config_file(sys.argv[1:])
+unnamed = " (no file is named: that of the tiny example)" if file not in sys.argv else ""
+say(f"settings: {os.path.relpath(file)}{unnamed}, then the command line; examples: "
+    f"{cfg['examples']}")
 say(f"{cfg['name']}: {cfg['model']}, {trained:,} trained + {frozen:,} frozen parameters, "
     f"{world} process(es) on {device.type}, window {cfg['window']}, M = {cfg['n_rejected']}")
 say(f"beta {cfg['beta']}, gamma {cfg['gamma']}, lambda {cfg['sft_weight']}; "
@@ -157,15 +211,21 @@ say(f"beta {cfg['beta']}, gamma {cfg['gamma']}, lambda {cfg['sft_weight']}; "
 if resumed:
     before = state["before"]
     say(f"resumed from {resumed}")
+elif cfg["dry_run"]:
+    before = {}
+    if not os.path.exists(pairs_path(cfg)):
+        show_unwritten(model)
 else:
     from pairs.build import build_pairs
 
-    before = {"right_answers": right_answers(policy, "before")}
+    counts, said = right_answers(policy, "before")
+    before = {"right_answers": counts, "said": said}
     if (cfg["rope_theta"] or cfg["yarn_factor"]) and cfg["fresh_questions"]:
         # What the longer RoPE does without training: the control that training has to beat.
         own = policy().config
         policy().config = model.config
-        before["right_answers_rope"] = right_answers(policy, "before, longer RoPE only")
+        counts, _ = right_answers(policy, "before, longer RoPE only")
+        before["right_answers_rope"] = counts
         policy().config = own
     lap("questions_before")
     build_pairs(cfg, policy, tokenizer, rank, world)
@@ -229,7 +289,8 @@ def shard_model(model: Llama, cfg: dict) -> None:
             start_lora(model, cfg["seed"])
 
 
-shard_model(model, cfg)
+with Progress("weights"):
+    shard_model(model, cfg)
 
 
 # ------------------------------------------------------------------------------------ 4. optimizer
@@ -404,13 +465,15 @@ def evaluate(model: Llama) -> dict[str, float]:
     every = range(len(held_out))
     usable = [i for i in every if held_out[i]["id"] not in skipped] or every
     parts = []
-    for i in every[rank::world]:
-        # One at a time and always at the same positions, so that two evaluations can be compared.
-        # As in share_of, another pair stands in for one that is left out, and counts for nothing.
-        counts = i in usable
-        batch = load_batch([Sample(i if counts else usable[0], draw=0, epoch=0)], held_out)
-        _, metrics = batch_loss(model, batch)
-        parts.append((metrics, counts / len(usable)))
+    with Progress("held-out pairs", len(every[rank::world])) as progress:
+        for i in every[rank::world]:
+            # One at a time, always at the same positions, so that two evaluations can be compared.
+            # As in share_of, another pair stands in for one left out, and counts for nothing.
+            counts = i in usable
+            batch = load_batch([Sample(i if counts else usable[0], draw=0, epoch=0)], held_out)
+            _, metrics = batch_loss(model, batch)
+            parts.append((metrics, counts / len(usable)))
+            progress.update()
     model.reshard()  # without a backward nobody else gives the root's gathered parameters back
     return mean_over_all(parts) if parts else {}
 
@@ -428,9 +491,7 @@ def faulty_held_out(model: Llama) -> list[int]:
 
 
 def say_estimate(model: Llama) -> None:
-    """What the first step will cost: work, and the peak of memory, from its largest micro-batch."""
-    from bench.plan import describe, peak_memory
-
+    """What the first step will cost, from the groups that it has."""
     samples = step_samples(len(train), cfg, 0)
     micro = cfg["micro_batch"]
     tokens = 0
@@ -440,10 +501,7 @@ def say_estimate(model: Llama) -> None:
         tokens += len(batch.tokens)
         if largest is None or len(batch.tokens) > len(largest.tokens):
             largest = batch
-    accumulating = len(samples) > micro * world
-    scored = guard.scored_tokens(largest)
-    memory = peak_memory(model, cfg, len(largest.tokens), scored, shard_size, accumulating)
-    say(describe(trained, frozen, tokens, memory))
+    say_plan(model, len(largest.tokens), guard.scored_tokens(largest), tokens)
 
 
 def tokens_of(sample: Sample) -> int:
@@ -482,9 +540,10 @@ def try_longest(model: Llama, optimizer) -> None:
 def first_look(model: Llama, optimizer) -> None:
     """What would spoil the run in silence, or end it after hours. It changes no number."""
     try:
-        if cfg["verify"]:
-            compare_layouts(model, optimizer)
-        try_longest(model, optimizer)
+        with Progress("a first look at the longest groups"):  # and compiling, which takes minutes
+            if cfg["verify"]:
+                compare_layouts(model, optimizer)
+            try_longest(model, optimizer)
     except torch.OutOfMemoryError as e:
         longest = max(pair["tokens"] for pair in train)
         raise BadInput(f"out of memory at the longest of the run's groups, up to {longest} tokens, "
@@ -493,15 +552,18 @@ def first_look(model: Llama, optimizer) -> None:
                        "python -m bench plan CONFIG") from e
 
 
-start_step = state["step"] if resumed else 0
 peak = None  # FLOP/s of the device on its datasheet, where we know it
 if rank == 0:
     from bench.plan import peak_flops
     peak = peak_flops(device)
-    guard.keep_metrics(folder, start_step)
     say_estimate(model)
+if writes:
+    report.keep_metrics(folder, start_step)
 if start_step < cfg["steps"]:
     first_look(model, optimizer)
+if cfg["dry_run"]:
+    report.show_group(load_batch(step_samples(len(train), cfg, start_step)[:1], train), tokenizer)
+    end_dry_run()
 if resumed:
     now = state["held_out"]
 else:
@@ -515,9 +577,9 @@ else:
         now = evaluate(model)
     before["held_out"] = now
     if held_out:
-        say(guard.sentence(0, now) + f"  held-out ({len(held_out) - len(skipped)} pairs)")
+        say(report.sentence(0, now) + f"  held-out ({len(held_out) - len(skipped)} pairs)")
 origin = {"config": cfg, "pairs": pairs_digest, "before": before}
-report = guard.Report(folder, cfg, world, peak)
+printed = report.Report(folder, cfg, world, peak, tracker)
 
 # From here on SIGTERM and Ctrl-C wait for the end of a step, which then leaves a checkpoint.
 stop = guard.StopSignals()
@@ -527,21 +589,23 @@ for step in range(start_step, cfg["steps"]):
     metrics = step_without_faults(model, optimizer, step)
     metrics["step"] = done = step + 1
     metrics["seconds"] = time.time() - begun
-    if held_out and guard.is_due(done, cfg["eval_interval"], cfg["steps"]):
+    if held_out and report.is_due(done, cfg["eval_interval"], cfg["steps"]):
         metrics["held_out"] = now = evaluate(model)
-    report.step(metrics, before["held_out"])
+    printed.step(metrics, before["held_out"])
     faults.watch(metrics)
     stopped = stop.agreed(device)
-    due = cfg["save_interval"] and guard.is_due(done, cfg["save_interval"], cfg["steps"])
+    due = cfg["save_interval"] and report.is_due(done, cfg["save_interval"], cfg["steps"])
     if stopped or due:
         state = {**origin, "step": done, "held_out": metrics.get("held_out"),
                  "skipped": sorted(skipped)}
         guard.save(folder, model, optimizer, state, stopped)
     if stopped and done < cfg["steps"]:
         say(f"stopped after step {done}: resume=auto goes on from {folder}/step_{done:06d}")
+        tracker.close()
         dist.destroy_process_group()
-        guard.leave(0)
+        leave(0)
 stop.release()
+tracker.close()
 lap("train")
 used = guard.peak_memory(device)
 say(f"peak memory of this process so far: {used / 2**30:.2f} GiB")
@@ -565,7 +629,8 @@ def write_together(save, *arguments) -> None:
     """All processes gather, one writes. BadInput on all of them if it could not."""
     error = None
     try:
-        save(*arguments, write=rank == 0)
+        with Progress("export"):
+            save(*arguments, write=rank == 0)
     except BadInput as e:
         error = str(e)
     # Known to all before any of them gathers what comes next: one alone would wait for ever.
@@ -579,14 +644,19 @@ del model, optimizer
 gc.collect()  # FSDP's hooks and their modules hold each other: without it both models would be here
 # The export is asked and not the model that was trained: what is measured is what a user gets.
 aligned = cache(lambda: load_pretrained(export, dtype, device))
-after = {"right_answers": right_answers(aligned, "after"), "held_out": now}
+counts, said = right_answers(aligned, "after")
+after = {"right_answers": counts, "said": said, "held_out": now}
 lap("questions_after")
+
 if rank == 0:
-    seconds = {name: round(value, 1) for name, value in seconds.items()}
+    from evals.curves import draw_curves
+
+    draw_curves(folder)
     result = {"config": cfg, "before": before, "after": after, "pairs": len(pairs),
               "processes": world, "resumed": resumed, "skipped": sorted(skipped),
-              "peak_memory": used, "seconds": seconds, "torch": torch.__version__}
+              "peak_memory": used, "seconds": seconds, "torch": torch.__version__,
+              "next": report.next_commands(cfg, export, pairs_path(cfg), said)}
     write_json(result, os.path.join(folder, "result.json"))
-    say(f"{export}: the aligned model; {folder}/result.json: before and after; seconds: {seconds}")
+    report.say_end(result, folder, pairs_path(cfg))
 dist.destroy_process_group()
-guard.leave(0)
+leave(0)

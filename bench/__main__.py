@@ -5,6 +5,9 @@
     python -m bench generate [key=value]     answers for pairs, against transformers' generate
     python -m bench plan CONFIG [key=value]  what a run costs on GPUs that are not here: arithmetic
 
+    python -m bench plan configs/llama3_8b_80k.py gpus=8 n_rejected=4
+    python -m bench plan -h                  its keys
+
 plan also takes keys of the config. Each prints a table and writes it, with versions and machine,
 to out/bench/COMMAND.json. step and generate need the peers in requirements-dev.txt.
 """
@@ -13,7 +16,8 @@ import os
 import sys
 
 from bench import common, generate, limit, plan, step
-from configs import BadInput, exit_on_bad_input, with_arguments, write_json
+from configs import BadInput, exit_on_bad_input, nearest, with_arguments, write_json
+from console import asked_for_help, print_help
 
 COMMANDS = {
     "step": (step.OPTIONS, step.run),
@@ -35,15 +39,26 @@ def split_words(options: dict, words: list[str]) -> tuple[list[str], list[str]]:
     return own, others
 
 
-def main(argv: list[str]) -> None:
-    if argv[:1] in (["-h"], ["--help"]):
-        print(__doc__.strip())
-        for name, (options, _) in COMMANDS.items():
-            print(f"\n{name}:", " ".join(f"{key}={value}" for key, value in options.items()))
+def show_help(argv: list[str]) -> None:
+    """Of all commands; of one that is named, what it does and its keys."""
+    command = argv[0] if argv else ""
+    if command not in COMMANDS:
+        print_help(__doc__, {})
         return
-    if not argv or argv[0] not in COMMANDS:
-        found = argv[0] if argv else "nothing"
-        raise BadInput(f"python -m bench: expected {', '.join(COMMANDS)}, found {found}")
+    options, run = COMMANDS[command]
+    usage = [line for line in __doc__.splitlines() if f"-m bench {command} " in line]
+    module = sys.modules[run.__module__]
+    text = "\n".join([*usage, "", module.__doc__.strip()])
+    print_help(text, {"keys:": options}, common.__file__, module.__file__)
+
+
+def main(argv: list[str]) -> None:
+    if asked_for_help(argv) or not argv:
+        show_help(argv)
+        sys.exit(0 if argv else 2)
+    if argv[0] not in COMMANDS:
+        raise BadInput(f"python -m bench: expected {', '.join(COMMANDS)}, found {argv[0]}"
+                       f"{nearest(argv[0], COMMANDS)}")
     name, *words = argv
     options, run = COMMANDS[name]
     if name == "plan":

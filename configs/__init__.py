@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any, NoReturn
@@ -25,6 +25,7 @@ CHOICES = {
     "evaluator": ("words", "spacy"),
     "chosen_from": ("generated", "reference"),
     "endpoint_api": ("chat", "completions"),
+    "log": ("", "tensorboard", "wandb", "trackio"),
 }
 AT_LEAST_ONE = ("n_chunks", "chunk_size", "context_size", "n_rejected", "draws", "batch_size",
                 "micro_batch", "build_batch", "keep", "questions",
@@ -49,6 +50,12 @@ AT_MOST = {
 
 class BadInput(ValueError):
     """Something the user gave is wrong. Its message is one line: where, what, what was expected."""
+
+
+def nearest(word: object, known: Iterable[object]) -> str:
+    """", did you mean 'gamma'?", to end a message about a wrong word; "" where none is near."""
+    near = difflib.get_close_matches(str(word), [str(each) for each in known], 1)
+    return f", did you mean {near[0]!r}?" if near else ""
 
 
 def exit_on_bad_input(kind, error, trace) -> None:
@@ -133,14 +140,23 @@ def default_groups() -> dict[str, dict]:
     return {name: getattr(module, name) for name in ("paths", "build", "train", "run")}
 
 
-def load_config(argv: list[str], fallback: str = "configs/tiny.py") -> dict:
-    """The settings of a command line [FILE.py] key=value ...: every key, and "name", the file's."""
-    path, words = os.path.join(os.path.dirname(HERE), fallback), argv
+def config_file(argv: list[str]) -> str:
+    """The file of a command line [FILE.py] key=value ...; of one that names none, tiny.py."""
     if argv and "=" not in argv[0]:
-        path, words = argv[0], argv[1:]
+        return argv[0]
+    return os.path.join(HERE, "tiny.py")
+
+
+def load_config(argv: list[str]) -> dict:
+    """The settings of a command line [FILE.py] key=value ...: every key, and "name", the file's."""
+    path = config_file(argv)
+    words = argv[1:] if argv[:1] == [path] else argv
     config = {}
     for group in default_groups().values():
         config.update(group)
+    if not os.path.exists(path):
+        known = [f"configs/{name}" for name in os.listdir(HERE) if name.endswith(".py")]
+        raise BadInput(f"{path}: no such file{nearest(path, known)}")
     differences = getattr(run_file(path), "config", None)
     if not isinstance(differences, dict):
         raise BadInput(f"{path}: expected a dict named 'config'")
@@ -184,9 +200,7 @@ def parse(text: str, default: Any) -> Any:
 def checked(config: dict, key: str, value: Any, where: str) -> Any:
     """The value of a key, in its default's type. BadInput for an unknown key or another type."""
     if key not in config:
-        near = difflib.get_close_matches(str(key), [str(known) for known in config], 1)
-        hint = f", did you mean {near[0]!r}?" if near else ""
-        raise BadInput(f"{where}: unknown key {key!r}{hint}")
+        raise BadInput(f"{where}: unknown key {key!r}{nearest(key, config)}")
     default = config[key]
     expected = type(default)
     if expected is float and type(value) is int:
@@ -244,6 +258,9 @@ def check_training(cfg: dict, processes: int) -> None:
             refuse(key, cfg[key], "a folder")
     if not cfg["examples"]:
         refuse("examples", cfg["examples"], "a corpus: a file or a folder")
+    # A run that goes on has its pairs, and may have lost what they were built from.
+    if not cfg["resume"] and cfg["examples"] != "-" and not os.path.exists(cfg["examples"]):
+        raise BadInput(f"{cfg['examples']}: no such file")
     if os.path.isdir(pairs_path(cfg)):
         refuse("pairs", cfg["pairs"], "a file")
     if 0 < cfg["n_examples"] <= cfg["held_out"]:

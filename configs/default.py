@@ -88,6 +88,7 @@ run = dict(
     endpoint_requests=16,    # requests to a server at a time
     strict=False,            # end at the first row that cannot be used, instead of leaving it out
 
+    dry_run=False,           # check all, show the first prompt and what a step costs, train nothing
     verify=False,            # compare a group with M + 1 full rows first; where they differ, end
 
     # memory and machines
@@ -107,7 +108,8 @@ run = dict(
     resume="",               # auto: from the newest whole checkpoint, if any; or a step_ folder
 
     # evaluation
-    log_interval=10,         # steps between printed lines; metrics.jsonl has every step
+    log_interval=10,         # steps between printed lines, if they take less than ten seconds
+    log="",                  # curves while it trains: tensorboard, wandb or trackio; empty: none
     eval_interval=100,       # steps between held-out evaluations; 0: only before and after
     fresh_sizes=[],          # context sizes at which fresh questions are asked, before and after
     fresh_questions=0,       # fresh questions at each of these sizes

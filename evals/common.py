@@ -10,6 +10,7 @@ import torch
 
 from checkpoint import DTYPES, dtype_named, load_pretrained, read_config
 from configs import BadInput, refuse, run_file
+from console import Progress
 from generate import generate
 from model import Llama
 from pairs.corpus import Corpus
@@ -97,15 +98,17 @@ class Subject:
                 look: Look | None = None) -> list[str]:
         """Greedy answers, in the order of the prompts. shared: see generate."""
         stops = self.tokenizer.chat("", "")[2]
-        found = generate(
-            self.model,
-            prompts,
-            max_new_tokens,
-            stop_ids=stops,
-            shared=shared,
-            look=look,
-            batch_tokens=self.batch_tokens,
-        )
+        with Progress(f"answers of {self.name}", len(prompts)) as progress:
+            found = generate(
+                self.model,
+                prompts,
+                max_new_tokens,
+                stop_ids=stops,
+                shared=shared,
+                look=look,
+                batch_tokens=self.batch_tokens,
+                progress=progress.update,
+            )
         answers = []
         for ids in found:
             if ids[-1] in stops:
@@ -189,7 +192,9 @@ def interval(right: float, asked: int) -> tuple[float, float]:
     pull = z * z / asked
     middle = p + pull / 2
     half = z * math.sqrt(p * (1 - p) / asked + pull / asked / 4)
-    return (middle - half) / (1 + pull), (middle + half) / (1 + pull)
+    low = (middle - half) / (1 + pull)
+    # Of no right answer it is 0, and all are 1, but for the last bit: -0.000 is none.
+    return max(0.0, low), min(1.0, (middle + half) / (1 + pull))
 
 
 def share(right: float, asked: int) -> str:

@@ -9,22 +9,22 @@ BLUE_ORANGE = ("#0072b2", "#ffffff", "#e69f00")  # told apart whatever colours o
 
 
 def save_panels(name: str, options: dict, titles: list[str], width: float,
-                paint: Callable[..., None]) -> None:
-    """One panel beside the other, each `width` inches and painted by paint(axis, its number)."""
+                paint: Callable[..., None], rows: int = 1) -> None:
+    """Panels in so many rows, each `width` inches wide and painted by paint(axis, its number)."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
     figure, axes = pyplot.subplots(
-        nrows=1,
-        ncols=len(titles),
-        figsize=(width * len(titles), 3.6),
+        nrows=rows,
+        ncols=len(titles) // rows,
+        figsize=(width * len(titles) / rows, (3.6 if rows == 1 else 2.6) * rows),
         squeeze=False,
         constrained_layout=True,
     )
     path = os.path.join(options["out"], f"{name}.png")
     # A figure that is not closed stays in memory, with those of all later calls.
     try:
-        for number, axis in enumerate(axes[0]):
+        for number, axis in enumerate(axes.flat):
             axis.set_title(titles[number])
             paint(axis, number)
         figure.savefig(path, dpi=100)

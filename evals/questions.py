@@ -2,11 +2,14 @@
 import os
 import time
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
+from checkpoint import all_gather
 from configs import BadInput, check_settings, load_config, run_folder, write_json
+from console import Progress
 from data import chunk, prompt_around
 from generate import generate
 from model import Llama
@@ -14,26 +17,45 @@ from pairs.answers import is_right
 from pairs.corpus import read_examples
 from tokenizer import Tokenizer
 
+SHOWN = 3  # questions whose answers are shown
+
+
+class Count(NamedTuple):
+    """What came of the fresh questions over contexts of one size."""
+    right: int
+    asked: int
+    said: list[dict]  # of the first ones: {"context", "question", "answers", "said", "right"}
+
 
 def count_right(model: Llama, tokenizer: Tokenizer, cfg: dict, size: int, rank: int = 0,
-                world: int = 1) -> tuple[int, int]:
-    """(right, asked): fresh questions over a context of `size` whose answer, generated greedily,
+                world: int = 1) -> Count:
+    """Ask fresh questions over a context of `size`. Right is an answer, generated greedily, that
     contains a reference answer.
 
-    size: as context_size. With several processes each asks its share and all return the sum.
+    size: as context_size. With several processes each asks its share and all return the same.
     """
     fresh = read_examples(cfg, "fresh", size)
     examples = [fresh[i] for i in range(rank, len(fresh), world)]
-    right = 0
+    found = []
     for example, answer in answered(model, tokenizer, cfg, examples):
-        right += is_right(answer, example["answers"])
+        found.append({
+            "context": size,
+            "question": example["question"],
+            "answers": example["answers"],
+            "said": answer,
+            "right": is_right(answer, example["answers"]),
+        })
+    right = sum(each["right"] for each in found)
+    if world == 1:
+        return Count(right, len(found), found[:SHOWN])
 
     # A process may have no example at all. It takes part in the sum all the same.
-    counts = torch.tensor([right, len(examples)])
-    if world > 1:
-        counts = counts.to(model.lm_head.weight.device)
-        dist.all_reduce(counts)
-    return tuple(counts.tolist())
+    counts = torch.tensor([right, len(found)]).to(model.lm_head.weight.device)
+    dist.all_reduce(counts)
+    # Of process r the first is question r, its second r + world.
+    shares = all_gather(found[:SHOWN])
+    said = [shares[i % world][i // world] for i in range(min(SHOWN, int(counts[1])))]
+    return Count(*counts.tolist(), said)
 
 
 def answered(model: Llama, tokenizer: Tokenizer, cfg: dict, examples: list[dict],
@@ -53,15 +75,17 @@ def answered(model: Llama, tokenizer: Tokenizer, cfg: dict, examples: list[dict]
             ids += piece
         prompts.append(prefix + ids + suffix)
 
-    answers = generate(
-        model,
-        prompts,
-        cfg["max_new_tokens"],
-        temperature,
-        stop_ids=stops,
-        generator=generator,
-        batch_tokens=cfg["batch_tokens"],
-    )
+    with Progress("answers to fresh questions", len(prompts)) as progress:
+        answers = generate(
+            model,
+            prompts,
+            cfg["max_new_tokens"],
+            temperature,
+            stop_ids=stops,
+            generator=generator,
+            batch_tokens=cfg["batch_tokens"],
+            progress=progress.update,
+        )
     for example, ids in zip(examples, answers):
         yield example, tokenizer.decode(ids)
 
@@ -83,7 +107,7 @@ def questions(folder: str, argv: list[str]) -> None:
     table = []
     for size in cfg["fresh_sizes"]:
         start = time.time()
-        right, asked = count_right(subject.model, subject.tokenizer, cfg, size)
+        right, asked, _ = count_right(subject.model, subject.tokenizer, cfg, size)
         print_row(
             subject.name,
             f"context {size:6d}",

@@ -27,10 +27,10 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from checkpoint import all_gather
 from configs import BadInput, check_settings, default_groups, pairs_path
+from console import Progress
 from data import (
     Evaluator,
     Selection,
@@ -95,6 +95,19 @@ def draft(cfg: dict, tokenizer: Tokenizer, evaluator: Evaluator, i: int, example
     else:
         score(cfg, tokenizer, evaluator, new)
     return new
+
+
+def first_prompt(cfg: dict, tokenizer: Tokenizer) -> dict:
+    """The first example that has a training prompt, as a pair whose answers are not written yet."""
+    evaluator = load_evaluator(cfg)
+    reasons = Counter()
+    for i, example in enumerate(read_examples(cfg, "train")):
+        new = draft(cfg, tokenizer, evaluator, i, example)
+        if "chunks" in new.row and new.open:
+            return {"chosen": "(chosen)", "rejected": ["(rejected)"] * cfg["n_rejected"], **new.row}
+        reasons[new.dropped or "its question is not written yet"] += 1
+    found = ", ".join(f"{count} times {reason}" for reason, count in reasons.most_common())
+    raise BadInput(f"{cfg['examples']}: no example has a prompt: {found}")
 
 
 def take_ready_pair(cfg: dict, new: Draft, example: dict) -> None:
@@ -557,7 +570,7 @@ def build_pairs(cfg: dict, policy: Callable[[], Llama], tokenizer: Tokenizer, ra
     n = len(work.examples)
     before = n - sum(map(len, work.missing))
     failures = []
-    with tqdm(total=n, initial=before, desc="pairs", disable=None) as bar:
+    with Progress("pairs", n, before) as bar:
         if work.server:
             writer = Writer(cfg, tokenizer, evaluator, work.server)
             drafted = drafts(cfg, tokenizer, evaluator, work.examples, work.missing, 1)
@@ -595,7 +608,8 @@ def write_share(cfg: dict, policy: Callable[[], Llama], tokenizer: Tokenizer, ev
         yield
 
 
-def write_lines(path: str, blocks: Iterable[list[Draft]], done: set[int], bar: tqdm) -> list[str]:
+def write_lines(path: str, blocks: Iterable[list[Draft]], done: set[int],
+                bar: Progress) -> list[str]:
     """Append the lines of a server's blocks as they come; why those have none that failed."""
     failures = []
     in_a_row = 0

@@ -12,9 +12,8 @@ import time
 from collections import deque
 from collections.abc import Sequence
 
-from tqdm import tqdm
-
 from configs import BadInput
+from console import Progress
 
 PAUSE = 0.2  # seconds between two looks at what the other processes have done
 
@@ -48,7 +47,8 @@ def write_part(folder: str, first: int, lines: list[str]) -> None:
 class Merge:
     """Takes finished blocks, whoever wrote them, into the pairs' file, in the examples' order."""
 
-    def __init__(self, path: str, missing: list[Sequence[int]], done: set[int], bar: tqdm):
+    def __init__(self, path: str, missing: list[Sequence[int]], done: set[int],
+                 bar: Progress):
         """missing: the blocks that are not wholly in the file; done: the examples that are."""
         self.path = path
         self.folder = parts_of(path)

@@ -130,7 +130,7 @@ def test_a_file_that_trains_something_beside_no_lora_is_refused(tmp_path):
 
 
 def test_the_trainer_shows_the_defaults_as_they_are():
-    shown = re.findall(r"^#     (\w+)=(\S+) ", (ROOT / "train_logo.py").read_text(), re.MULTILINE)
+    shown = re.findall(r"^    #     (\w+)=(\S+) ", (ROOT / "train_logo.py").read_text(), re.MULTILINE)
     defaults = {key: value for group in default_groups().values() for key, value in group.items()}
     assert len(shown) == 6 and shown == [(key, str(defaults[key])) for key, _ in shown]
 
