@@ -127,7 +127,8 @@ def prefill(model: Llama, layout: "Layout", cache: "KVCache") -> Tensor:
     tokens = torch.tensor(layout.tokens, device=device)
     positions = torch.tensor(layout.positions, device=device)
     # Of all the stream's tokens only the last of each prompt predicts something that is asked for.
-    N, C = len(layout.owners), model.config.hidden_size
+    N = len(layout.owners)
+    C = model.config.hidden_size
     last_states = weight.new_empty(N, C)
     # Mostly one piece is all. But 64K tokens of Llama-3-8B have 5.6 GB of activations in one MLP,
     # and an answer needs nothing of them but keys and values.

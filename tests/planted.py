@@ -317,7 +317,7 @@ BUGS = [
     Bug("checkpoints are evaluated with older weights", "guard.py",
         "    shutil.rmtree(merged, ignore_errors=True)  # a killed run's: other weights, under the same name\n", "",
         f"{TRAIN} -k older_models"),
-    Bug("metrics of steps that are done again stay", "guard.py",
+    Bug("metrics of steps that are done again stay", "report.py",
         '                if whole and json.loads(line)["step"] <= steps:\n', "                if whole:\n",
         f"{TRAIN} -k 'killed_at_random or signal'"),
     Bug("the export keeps the old RoPE base", "model.py",

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import data
 import guard
+import report
 from checkpoint import load_pretrained
 from configs import BadInput, load_config
 from data import load_pairs
@@ -834,15 +835,15 @@ def test_the_trained_model_is_gone_before_its_export_is_loaded_and_a_step_names_
 
 def test_a_steps_speed_by_hand():
     metrics = {"tokens": 8000.0, "tflop": 500.0, "seconds": 2.0}
-    assert guard.throughput(metrics, None, 8, 3725) == "    4,000 tokens/s     250 TFLOP/s  left 1:02:05"
-    assert "  MFU 10.0%" in guard.throughput(metrics, 312.5e12, 8, 0)
+    assert report.throughput(metrics, None, 8, 3725) == "    4,000 tokens/s     250 TFLOP/s  left 1:02:05"
+    assert "  MFU 10.0%" in report.throughput(metrics, 312.5e12, 8, 0)
 
 
 LOADED = """
 import os, runpy, sys
 sys.path.insert(0, sys.argv.pop(1))
-import guard
-guard.leave = lambda code: print("loaded", sorted({name.split(".")[0] for name in sys.modules} & {"pairs", "evals"}))
+import console
+console.leave = lambda code: print("loaded", sorted(name for name in sys.modules if name.split(".")[0] in ("pairs", "evals")))
 runpy.run_path("train_logo.py", run_name="__main__")
 """
 
@@ -852,7 +853,8 @@ def test_training_alone_loads_neither_pairs_nor_evaluations(run, checkpointed, t
     script.write_text(LOADED)
     shutil.rmtree(folder / "step_000004")
     done = launch(str(ROOT), *arguments(run, folder, "save_interval=2", *LORA, "resume=auto"), processes=0, script=str(script))
-    assert "resumed from" in done.stdout and "loaded []" in done.stdout, done.stdout + done.stderr
+    pictures = ["evals", "evals.curves", "evals.pictures"]  # of the end
+    assert "resumed from" in done.stdout and f"loaded {pictures}" in done.stdout, done.stdout + done.stderr
 
 
 # -------------------------------------------------------------------------------------------- the first look
