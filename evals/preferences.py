@@ -15,12 +15,12 @@ OPTIONS = dict(
     **COMMON,
     pairs="",                # the pairs' file; its first line says how prompts are made
     config="",               # training config, for what the first line does not say: the next six
-    window=-1,               # these go before the config's; -1 or empty: the config's
-    positions="",
-    sparse_share=-1.0,
-    draws=-1,
-    beta=-1.0,
-    gamma=-1.0,
+    window=-1,               # as in training; -1: the config's
+    positions="",            # as in training; empty: the config's
+    sparse_share=-1.0,       # as in training; -1: the config's
+    draws=-1,                # as in training; -1: the config's
+    beta=-1.0,               # as in training; -1: the config's
+    gamma=-1.0,              # as in training; -1: the config's
     last=64,                 # so many pairs of the file, the last ones; 0: all
 )
 TRAIN_KEYS = ("window", "positions", "sparse_share", "draws", "beta", "gamma")

@@ -22,7 +22,7 @@ OPTIONS = dict(
     examples="",             # a corpus with questions and answers, see pairs/corpus.py
     passages=[1, 4, 8, 16],  # around a question, where the corpus is passages
     questions=100,           # the last, documents shuffled by seed as for pairs, from its head
-    prompt_tail="Answer this question in a few words: {question}?",
+    prompt_tail="Answer this question in a few words: {question}?",  # around the question
     max_new_tokens=64,       # of an answer
 )
 

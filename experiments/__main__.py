@@ -12,12 +12,16 @@ import subprocess
 import sys
 from multiprocessing.pool import ThreadPool
 
-from configs import BadInput, exit_on_bad_input, with_arguments
+from configs import BadInput, exit_on_bad_input, nearest, with_arguments
+from console import asked_for_help, print_help
 from data import read_lines
 from experiments.lists import LISTS
 from experiments.report import report
 from experiments.run import ROOT, run
 
+OPTIONS = dict(
+    jobs=1,                  # runs at a time
+)
 RESULTS = os.path.join(ROOT, "experiments", "results")
 
 
@@ -71,10 +75,14 @@ def main(argv: list[str]) -> int:
         return 0
     if argv[:1] == ["one"]:
         return one(argv[1], json.loads(argv[2]))
-    if not argv or argv[0] not in LISTS:
-        found = argv[0] if argv else "nothing"
-        raise BadInput(f"expected report or one of {', '.join(LISTS)}, found {found}")
-    options = with_arguments({"jobs": 1}, argv[1:])
+    if asked_for_help(argv) or not argv:
+        text = f"{__doc__.strip()}\n\nNAME is one of {', '.join(LISTS)}."
+        print_help(text, {"keys:": OPTIONS}, __file__)
+        return 0 if argv else 2
+    if argv[0] not in LISTS:
+        raise BadInput(f"expected report or one of {', '.join(LISTS)}, found {argv[0]}"
+                       f"{nearest(argv[0], LISTS)}")
+    options = with_arguments(OPTIONS, argv[1:])
     return int(run_list(argv[0], options["jobs"]) > 0)
 
 
