@@ -303,10 +303,16 @@ def spelled_out(memory: dict[str, float], unit: float) -> str:
 
 def describe(trained: int, frozen: int, tokens: int, memory: dict[str, float]) -> str:
     """The estimate as two lines."""
+    unit = 2**30
+    name = "GiB"
+    if memory["total"] < unit:
+        # A small model's items would all be 0.00.
+        unit = 2**20
+        name = "MiB"
     return (f"trains {trained:,} of {trained + frozen:,} parameters; "
             f"{tokens:,} tokens in the first step\n"
-            f"expected peak memory of a process: {memory['total'] / 2**30:.2f} GiB = "
-            f"{spelled_out(memory, 2**30)}")
+            f"expected peak memory of a process: {memory['total'] / unit:.2f} {name} = "
+            f"{spelled_out(memory, unit)}")
 
 
 # -------------------------------------------------------------------------------- the plan of a run

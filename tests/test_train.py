@@ -24,6 +24,7 @@ from checkpoint import load_pretrained
 from configs import BadInput, load_config
 from data import load_pairs
 from loss import logo_loss
+from pairs.answers import normalize
 from tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -237,7 +238,7 @@ def test_ctrl_c_before_training_is_one_line_and_the_same_command_goes_on(tmp_pat
         time.sleep(0.01)
     going.send_signal(signal.SIGINT)
     _, err = going.communicate()
-    lines = [line for line in err.splitlines() if not line.startswith("pairs: ")]  # the progress bar's, if any
+    lines = [line for line in err.splitlines() if " so far" not in line]  # progress, on a slow machine
     assert going.returncode == 130 and len(lines) == 1 and "the same command goes on" in lines[0], err
     written = path.read_text().splitlines() if path.exists() else []
     assert len(written) < 41 and bool(written) == (when == "pairs")
@@ -855,6 +856,80 @@ def test_training_alone_loads_neither_pairs_nor_evaluations(run, checkpointed, t
     done = launch(str(ROOT), *arguments(run, folder, "save_interval=2", *LORA, "resume=auto"), processes=0, script=str(script))
     pictures = ["evals", "evals.curves", "evals.pictures"]  # of the end
     assert "resumed from" in done.stdout and f"loaded {pictures}" in done.stdout, done.stdout + done.stderr
+
+
+# -------------------------------------------------------------------------------------------- before and after, a dry run
+
+def test_the_end_says_what_changed_and_what_to_type_and_so_does_the_result(run, tmp_path):
+    """The same with two processes and on resume; and what is to be typed runs."""
+    words = ("configs/tiny.py", *SMALL, f"pairs={run.pairs}", "fresh_sizes=[104,232]", "fresh_questions=5", "save_interval=2", "micro_batch=1")
+    results = []
+    for processes, name in ((0, "one"), (2, "two")):
+        done = launch(*words, f"out={tmp_path / name}", processes=processes)
+        assert done.returncode == 0, done.stderr
+        results.append(json.loads((tmp_path / name / "result.json").read_text()))
+    shutil.rmtree(tmp_path / "one" / "step_000004")
+    done = launch(*words, f"out={tmp_path / 'one'}", "resume=auto", processes=0)
+    assert done.returncode == 0 and "resumed from" in done.stdout, done.stderr
+    results.append(json.loads((tmp_path / "one" / "result.json").read_text()))
+    for result in results:
+        for when in ("before", "after"):
+            assert result[when]["right_answers"] == results[0][when]["right_answers"]
+            assert result[when]["said"] == results[0][when]["said"]
+    result, said = results[2], done.stdout[done.stdout.index("        before"):]
+    assert [each["context"] for each in result["after"]["said"]] == [232] * 3
+    for each in result["before"]["said"]:
+        assert each["right"] == (normalize(each["answers"][0]) in normalize(each["said"])) and each["question"] in said
+    right, asked = result["after"]["right_answers"]["232"]
+    assert f"{right} of {asked}  {right / asked:.3f}" in re.search("right answers, context 232 .*", said).group()
+    assert f"{result['after']['held_out']['nll']:.3f}" in re.search("held-out nll .*", said).group()
+    for path in ("hf", "metrics.jsonl", "result.json"):
+        assert f"  {tmp_path / 'one' / path} " in said
+    assert said.rstrip().splitlines()[-2:] == [f"  {command}" for command in result["next"]]
+    (tmp_path / "FILE").write_text("Rosa paints in Naples.")
+    for command in result["next"]:
+        command = command.replace("python", sys.executable, 1).replace("context=FILE", f"context={tmp_path / 'FILE'}")
+        typed = subprocess.run(["bash", "-c", f"{command} {'threads=1' if 'sample' in command else f'out={tmp_path}'}"], cwd=ROOT,
+                               capture_output=True, text=True)
+        assert typed.returncode == 0, typed.stderr
+    row = json.loads((tmp_path / "preferences.json").read_text())["table"]
+    assert [each["n"] for each in row] == [len(load_pairs(run.pairs, result["config"], load_tokenizer(TINY)))] * 2
+
+
+@pytest.mark.parametrize("processes", [0, 2])
+def test_a_dry_run_shows_the_first_prompt_and_touches_nothing(run, checkpointed, tmp_path, processes):
+    folder = shutil.copytree(checkpointed, tmp_path / "run")
+    files = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    for words in ((f"out={tmp_path / 'none'}",), (f"out={folder}", "resume=auto", "save_interval=2")):
+        done = launch(*arguments(run, folder, *LORA, *words, "dry_run=True", "micro_batch=1", "fresh_questions=5"), processes=processes)
+        assert done.returncode == 0, done.stderr
+        assert "right answers" not in done.stdout and "expected peak memory" in done.stdout and "|grad|" not in done.stdout
+        assert done.stdout.count("dry run: nothing was trained, nothing was written") == 1
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == files and not (tmp_path / "none").exists()
+    done = launch(*arguments(run, tmp_path / "none", "dry_run=True"), processes=processes)
+    cfg, tokenizer = load_config(["configs/tiny.py", *SMALL]), load_tokenizer(TINY)
+    train, _ = data.split_pairs(load_pairs(run.pairs, cfg, tokenizer), cfg["held_out"])
+    first = data.step_samples(len(train), cfg, 0)[0]
+    group = data.encode_group(train[first.pair], tokenizer, cfg, first.draw, first.epoch)
+    end = group.segments[0].end + 1
+    assert f"with 1 BOS: {' '.join(map(str, group.tokens[:end].tolist()))}\n" in done.stdout
+    assert f"positions: {' '.join(map(str, group.positions[:end].tolist()))}\n" in done.stdout
+
+
+def test_a_dry_run_without_pairs_shows_what_they_will_begin_with(tmp_path):
+    words = ("configs/tiny.py", *SMALL, f"out={tmp_path / 'run'}")
+    done = launch(*words, "dry_run=True", processes=0)
+    assert done.returncode == 0 and "no pairs yet" in done.stdout and "dry run: nothing" in done.stdout, done.stderr
+    assert "with 1 BOS: " in done.stdout and "expected peak memory of a process" in done.stdout and not (tmp_path / "run").exists()
+    damaged = launch(*words, "dry_run=True", corrupt(tmp_path, "model.safetensors", b"nothing"), processes=0)
+    assert damaged.returncode == 1 and "not a readable safetensors file" in damaged.stderr and damaged.stderr.count("\n") == 1
+
+
+def test_a_run_says_which_settings_it_has(run, tmp_path):
+    """Own data without a config file would take the tiny example's settings without a word."""
+    for words, said in ((("configs/tiny.py",), "settings: configs/tiny.py, then"), ((), "settings: configs/tiny.py (no file is named: that of")):
+        done = launch(*words, *arguments(run, tmp_path / "run")[1:], "dry_run=True", processes=0)
+        assert done.stdout.startswith(said) and "examples: models/tiny/world.py" in done.stdout, done.stdout + done.stderr
 
 
 # -------------------------------------------------------------------------------------------- the first look
