@@ -570,7 +570,8 @@ def load_pairs(path: str, cfg: dict, tokenizer: Tokenizer) -> list[dict]:
                            "expected another one for each pair")
         pairs.append(pair)
     if not pairs:
-        raise BadInput(f"{path}: no pairs in it")
+        raise BadInput(f"{path}: no pairs in it; python -m pairs stats {path} says why, and what "
+                       "to turn")
     return pairs
 
 

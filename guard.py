@@ -32,7 +32,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from checkpoint import check_adapter, prune, read_adapter, save_checkpoint
 from configs import BadInput, default_groups, load_config, write_json
-from console import on_error, say
+from console import Progress, on_error, say
 from data import Batch
 from model import Llama, Segment, step_flops
 
@@ -288,7 +288,8 @@ def save(folder: str, model: Llama, optimizer: torch.optim.AdamW, state: dict,
         updates = int(next(iter(optimizer.state.values()))["step"])
         state = {**state, "updates": updates, "processes": dist.get_world_size(),
                  "torch": torch.__version__}
-        error = save_checkpoint(path, model, optimizer, state)
+        with Progress("checkpoint"):
+            error = save_checkpoint(path, model, optimizer, state)
     if error and stopped:
         raise BadInput(error)
     if error:

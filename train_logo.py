@@ -139,7 +139,8 @@ if writes:
 @cache
 def policy() -> Llama:
     """The model before training, which writes the answers. Opened only where one is missing."""
-    return load_pretrained(cfg["model"], dtype, device, cfg["adapter"])
+    with Progress(f"weights of {cfg['model']}"):
+        return load_pretrained(cfg["model"], dtype, device, cfg["adapter"])
 
 
 def right_answers(open_model, label: str) -> tuple[dict[str, tuple[int, int]], list[dict]]:

@@ -279,7 +279,7 @@ def check_training(cfg: dict, processes: int) -> None:
 
 def run_folder(cfg: dict) -> str:
     """Where a run writes."""
-    return cfg["out"] or os.path.join("out", cfg["name"])
+    return os.path.normpath(cfg["out"] or os.path.join("out", cfg["name"]))
 
 
 def pairs_path(cfg: dict) -> str:

@@ -85,7 +85,8 @@ class Subject:
     @cached_property
     def model(self) -> Llama:
         """The weights, read when first asked for: all that a user gave is checked by then."""
-        return load_pretrained(self.folder, self.dtype, self.device)
+        with Progress(f"weights of {self.folder}"):
+            return load_pretrained(self.folder, self.dtype, self.device)
 
     def prompt(self, context: str, head: str, tail: str) -> tuple[list[int], range]:
         """(token ids of a user's turn around a context, which of them are the context's)."""

@@ -5,6 +5,8 @@
 A head copied a token of the needle if, in the step that generated this very token, its arg-max over
 all tokens so far lay on it. The mean over examples; heads above 0.1 are called retrieval heads.
 """
+import os
+
 import numpy as np
 import torch
 
@@ -105,6 +107,10 @@ def draw_heads(heads: dict[str, list], options: dict) -> None:
             titles.append(f"{name}: retrieval score")
             grids.append(np.array(scores))
     if not grids:
+        # Heads of another model, from an earlier command, beside this one's table.
+        stale = os.path.join(options["out"], "retrieval.png")
+        if os.path.exists(stale):
+            os.remove(stale)
         return
     highest = max(RETRIEVAL_HEAD, np.max(grids))
 

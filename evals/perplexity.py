@@ -15,6 +15,7 @@ import os
 import torch
 
 from configs import BadInput, refuse
+from console import Progress
 from evals.common import (
     COMMON,
     Subject,
@@ -146,8 +147,10 @@ def measure(subjects: list[Subject], options: dict) -> dict:
     evaluator = evaluator_of(subjects, options)
     documents = cut_texts(evaluator, options)
     chosen = []
-    for _, ids in documents:
-        chosen.append(key_tokens(evaluator, ids, options))
+    with Progress("key tokens of texts", len(documents)) as progress:
+        for _, ids in documents:
+            chosen.append(key_tokens(evaluator, ids, options))
+            progress.update()
 
     table = []
     for subject in subjects:
@@ -160,8 +163,10 @@ def measure(subjects: list[Subject], options: dict) -> dict:
         is_key = torch.cat(is_key)
         for length in sorted(options["lengths"]):
             losses = []
-            for ids in encoded:
-                losses.append(token_losses(subject.model, ids, length, options["stride"]))
+            with Progress(f"texts, {subject.name}, {length}", len(encoded)) as progress:
+                for ids in encoded:
+                    losses.append(token_losses(subject.model, ids, length, options["stride"]))
+                    progress.update()
             table.append(row_of(subject.name, length, torch.cat(losses), is_key))
     return {
         "table": table,
@@ -233,12 +238,17 @@ def draw(result: dict, options: dict) -> None:
     for row in result["table"]:
         lines.setdefault(row["model"], []).append(row["perplexity"])
 
+    highest = max(max(values) for values in lines.values())
+    lowest = min(min(values) for values in lines.values())
+
     def paint(axis, number):
         for name, values in lines.items():
             axis.plot(lengths, values, marker="o", label=name)
         axis.axvline(result["window"], color="black", linestyle="--", linewidth=1)
         axis.set_xscale("log")
-        axis.set_yscale("log")
+        # Within a decade a logarithmic axis has no round number to show.
+        if highest > 10 * lowest:
+            axis.set_yscale("log")
         axis.set_xlabel("context, tokens (dashed: the first model's window)")
         axis.set_ylabel("perplexity")
         # The lengths are the ticks: powers of ten say nothing of 2,048.

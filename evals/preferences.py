@@ -5,6 +5,7 @@ import numpy as np
 import torch
 
 from configs import BadInput, check_settings, checked, default_groups, load_config
+from console import Progress
 from data import encode_group, load_pairs, read_header
 from evals.common import COMMON, Subject, check_options, print_row
 from evals.pictures import save_panels
@@ -93,8 +94,10 @@ def measure(subjects: list[Subject], options: dict) -> dict:
             # Training holds out the end of the file.
             pairs = pairs[-options["last"]:]
         found = []
-        for pair in pairs:
-            found.append(pair_logps(subject, pair, tokenizer, cfg))
+        with Progress(f"pairs, {subject.name}", len(pairs)) as progress:
+            for pair in pairs:
+                found.append(pair_logps(subject, pair, tokenizer, cfg))
+                progress.update()
         found = torch.stack(found)
         logps[subject.name] = found.tolist()
         _, metrics = logo_loss(found[:, 0], found[:, 1:], cfg["beta"], cfg["gamma"])

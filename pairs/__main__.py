@@ -85,7 +85,8 @@ def show_help(argv: list[str]) -> None:
     """Of all commands; of one that is named, what it does and its keys."""
     command = argv[0] if argv else ""
     if command not in COMMANDS:
-        print_settings_help(__doc__, argv)
+        from pairs import convert, corpus
+        print_settings_help("\n".join([__doc__, corpus.__doc__, convert.__doc__]), argv)
         return
     module = importlib.import_module(COMMANDS[command])
     usage = [line for line in __doc__.splitlines() if f"-m pairs {command} " in line]

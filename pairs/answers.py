@@ -3,6 +3,25 @@ import re
 
 from data import Evaluator, words_evaluator
 
+# Why an example makes no pair: what to turn if there are many.
+REASONS = {
+    "no critical chunk": "score_with=question+answer compares with the answer too",
+    "no irrelevant chunk": "a lower chunk_size, or longer contexts",
+    "chosen wrong": "chosen_from=reference; or require_correct_chosen=False, a lower correct_share",
+    "chosen unfinished": "a higher max_new_tokens",
+    "chosen empty": "template, prompt_tail",
+    "chosen repeats the question": "prompt_tail, template",
+    "no reference answer": "chosen_from=generated",
+    "rejected right": "more candidates; or require_wrong_rejected=False",
+    "rejected unfinished": "a higher max_new_tokens, more candidates",
+    "rejected empty": "more candidates",
+    "rejected equals another answer": "a higher temperature, more candidates",
+    "fewer than M rejected answers": "n_rejected, to as many as the rows have: of TRL's mostly 1",
+    "prompt longer than n_chunks": "a higher n_chunks",
+    "longer than window": "a higher window, or a lower n_chunks",
+    "no question written": "question_prompt",
+    "written question is not about its chunk": "question_prompt, or a higher chunk_size",
+}
 LONG_ANSWER = 10  # uncommon words from which on a right answer need not be repeated word by word
 
 # Chinese, Japanese and Korean: kana, ideographs, Hangul, and the halfwidth forms of kana.

@@ -46,7 +46,7 @@ from data import (
     token_ids,
 )
 from model import Llama
-from pairs.answers import audit, fault_of_chosen, is_right, keep_rejected
+from pairs.answers import REASONS, audit, fault_of_chosen, is_right, keep_rejected
 from pairs.corpus import Examples, read_examples
 from pairs.parts import Merge, part_of, parts_of, pause, write_part
 from pairs.policy import Endpoint, Failure, Local, Request
@@ -655,3 +655,7 @@ def print_summary(path: str, n: int) -> None:
     for reason, count in reasons.most_common():
         said += f", {count} dropped: {reason}"
     print(said)
+    # Where little is left, the reason alone would leave its reader to look for the key.
+    for reason, count in reasons.most_common(1):
+        if count > pairs:
+            print(f"most are dropped: {reason}; to turn: {REASONS.get(reason, 'not known')}")

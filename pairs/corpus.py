@@ -29,6 +29,7 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
 from configs import BadInput, run_file
+from console import Progress
 from data import is_text, random_stream
 
 ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".txt")
@@ -133,6 +134,13 @@ def files_of(path: str) -> list[str]:
     return sorted(found)
 
 
+def bytes_of(files: list[str]) -> int:
+    """How much there is to read; 0 where nobody knows, of what is packed or comes on a pipe."""
+    if any(name == "-" or name.endswith(".gz") for name in files):
+        return 0
+    return sum(map(os.path.getsize, files))
+
+
 def raw_rows(name: str) -> Iterator[tuple[bytes, bool]]:
     """(row, whether it lies in the file as it is) of a file's rows, empty lines among them."""
     packed = name.endswith(".gz")
@@ -197,14 +205,8 @@ class Corpus:
         self.document_of = array("q")
         self.is_passage = array("b")
         self.bad = 0
-        numbers = {}
-        for file, name in enumerate(self.files):
-            try:
-                self.index(file, name, numbers)
-            except BadInput:
-                raise
-            except (OSError, EOFError, zlib.error, ValueError, RecursionError) as e:
-                self.refuse(f"{name}: cannot be read ({e})")
+        with Progress(f"reading {path}, bytes", bytes_of(self.files)) as progress:
+            self.index_all(progress)
         self.spool.flush()
         if not len(self):
             raise BadInput(f"{path}: no examples in it")
@@ -217,12 +219,23 @@ class Corpus:
         self.bad += 1
         warn(f"left out: {message}")
 
-    def index(self, file: int, name: str, numbers: dict[bytes, int]) -> None:
+    def index_all(self, progress: Progress) -> None:
+        numbers = {}
+        for file, name in enumerate(self.files):
+            try:
+                self.index(file, name, numbers, progress)
+            except BadInput:
+                raise
+            except (OSError, EOFError, zlib.error, ValueError, RecursionError) as e:
+                self.refuse(f"{name}: cannot be read ({e})")
+
+    def index(self, file: int, name: str, numbers: dict[bytes, int], progress: Progress) -> None:
         """Note where the examples of a file lie and which documents they are about."""
         end = 0
         for number, (raw, in_place) in enumerate(raw_rows(name), 1):
             place = (file, end, len(raw))
             end += len(raw)
+            progress.update(len(raw))
             # An empty line is no row, but an empty text file is a document with a fault.
             if not raw.strip() and not name.endswith(".txt"):
                 continue

@@ -8,31 +8,14 @@ from collections import Counter
 import numpy as np
 
 from configs import BadInput, check_settings, load_config, reading
+from console import Progress
 from data import IRRELEVANT, NEAR, PARTIAL, check_fit, load_evaluator, read_lines
+from pairs.answers import REASONS
 from pairs.build import Draft, drafts, missing_blocks
 from pairs.corpus import read_examples
 from pairs.coverage import SAMPLES, coverage, picture, to_uniform
 from tokenizer import load_tokenizer
 
-# Why an example makes no pair: what to turn if there are many.
-REASONS = {
-    "no critical chunk": "score_with=question+answer compares with the answer too",
-    "no irrelevant chunk": "a lower chunk_size, or longer contexts",
-    "chosen wrong": "chosen_from=reference; or require_correct_chosen=False, a lower correct_share",
-    "chosen unfinished": "a higher max_new_tokens",
-    "chosen empty": "template, prompt_tail",
-    "chosen repeats the question": "prompt_tail, template",
-    "no reference answer": "chosen_from=generated",
-    "rejected right": "more candidates; or require_wrong_rejected=False",
-    "rejected unfinished": "a higher max_new_tokens, more candidates",
-    "rejected empty": "more candidates",
-    "rejected equals another answer": "a higher temperature, more candidates",
-    "fewer than M rejected answers": "a lower n_rejected",
-    "prompt longer than n_chunks": "a higher n_chunks",
-    "longer than window": "a higher window, or a lower n_chunks",
-    "no question written": "question_prompt",
-    "written question is not about its chunk": "question_prompt, or a higher chunk_size",
-}
 KEYS = ("id", "question", "chunks", "scores", "chosen", "rejected")  # of a pair
 HEADINGS = "                                        least   median     mean     most"
 
@@ -181,7 +164,9 @@ def print_positions(path: str, cfg: dict, lengths: list[int]) -> None:
         visited = np.mean(counts.held > 0)
         every = to_uniform(counts.every)
         answer = to_uniform(counts.answer)
-        here = "   <- this config" if kind == cfg["positions"] else ""
+        here = ""
+        if kind == cfg["positions"]:
+            here = "   <- this config"
         print(f"  {kind:12} {visited:8.1%}               {every:10.3f} {answer:17.3f}{here}")
     image = os.path.splitext(path)[0] + ".positions.png"
     try:
@@ -197,8 +182,8 @@ def print_positions(path: str, cfg: dict, lengths: list[int]) -> None:
 def score(argv: list[str]) -> int:
     """Read, chunk and score a config's corpus: how selective, how fast, in how much memory."""
     cfg = load_config(argv)
-    tokenizer = load_tokenizer(cfg["model"], cfg["template"])
     check_settings(cfg)
+    tokenizer = load_tokenizer(cfg["model"], cfg["template"])
     check_fit(cfg, tokenizer)
     start = time.time()
     examples = read_examples(cfg, "train")
@@ -208,14 +193,17 @@ def score(argv: list[str]) -> int:
     dropped = Counter()
     selected = []
     blocks = missing_blocks(cfg, len(examples), set())
-    for block in drafts(cfg, tokenizer, evaluator, examples, blocks, 1):
-        for new in block:
-            if new.dropped:
-                dropped[new.dropped] += 1
-            elif new.selection:
-                selected.append(new)
+    with Progress("scores", len(examples)) as progress:
+        for block in drafts(cfg, tokenizer, evaluator, examples, blocks, 1):
+            progress.update(len(block))
+            for new in block:
+                if new.dropped:
+                    dropped[new.dropped] += 1
+                elif new.selection:
+                    selected.append(new)
     took = time.time() - indexed
     rate = len(examples) / took
+    # Apart, since a corpus is indexed by one process and scored by many.
     print(f"{cfg['examples']}: {len(examples)} examples, indexed in {indexed - start:.1f} s, "
           f"scored in {took:.1f} s ({rate:.1f} a second)")
     print(f"  {len(selected)} with critical and irrelevant chunks")

@@ -1,5 +1,7 @@
 """What commands say beside their results: help, near words, how far they are, one line at the end."""
+import gzip
 import importlib
+import json
 import os
 import re
 import subprocess
@@ -10,7 +12,11 @@ from pathlib import Path
 import pytest
 
 import console
-from configs import BadInput, default_groups, load_config, nearest
+from bench import plan
+from configs import BadInput, default_groups, load_config, nearest, run_folder
+from evals import heads, perplexity
+from evals.common import interval, share
+from pairs import corpus
 
 ROOT = Path(__file__).parent.parent
 EVALS = ("needle", "qa", "perplexity", "preferences")
@@ -172,3 +178,93 @@ def test_generation_tells_of_each_batch():
 @pytest.mark.parametrize("seconds, shown", [(0, "0:00:00"), (59.6, "0:01:00"), (3725, "1:02:05"), (360000, "100:00:00")])
 def test_the_clock_by_hand(seconds, shown):
     assert console.clock(seconds) == shown
+
+
+# ------------------------------------------------------------------ what new users have stumbled over
+
+def test_rows_that_make_no_pair_are_told_what_to_turn(tmp_path):
+    """TRL's rows have one rejected answer, the default is two."""
+    rows = [{"prompt": f"Who is {i}?", "chosen": "Rosa.", "rejected": "Ida."} for i in range(3)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["configs/tiny.py", f"examples={tmp_path / 'rows.jsonl'}", f"out={tmp_path / 'run'}", "n_examples=0", "fresh_questions=0"]
+    done = run("train_logo.py", *words)
+    assert "0 pairs of 3 examples, 3 dropped: fewer than M rejected answers\n" in done.stdout
+    assert "most are dropped: fewer than M rejected answers; to turn: n_rejected, to as many as the rows have" in done.stdout
+    path = tmp_path / "run" / "pairs.jsonl"
+    assert done.stderr == f"error: {path}: no pairs in it; python -m pairs stats {path} says why, and what to turn\n"
+    told = run("-m", "pairs", "stats", str(path))
+    assert "3 dropped: fewer than M rejected answers   (to turn: n_rejected" in told.stdout
+    built = run("-m", "pairs", *words, "n_rejected=1", f"pairs={tmp_path / 'other.jsonl'}")
+    assert "3 pairs of 3 examples\n" in built.stdout and "to turn" not in built.stdout
+
+
+def test_a_folder_with_slashes_at_its_end_is_the_folder():
+    assert run_folder({"out": "out/x//", "name": "tiny"}) == "out/x" and run_folder({"out": "", "name": "tiny"}) == "out/tiny"
+
+
+def test_no_share_has_an_interval_below_0_or_above_1():
+    for asked in range(1, 400):
+        for right in (0, asked):
+            low, high = interval(right, asked)
+            assert 0 <= low <= high <= 1 and "-0.0" not in share(right, asked), (right, asked)
+
+
+def test_a_small_models_memory_is_no_row_of_zeros():
+    memory = {"weights": 4e6, "moments": 0.0, "working": 2.5e6, "total": 6.5e6}
+    assert plan.describe(1, 0, 1, memory).endswith("process: 6.20 MiB = weights 3.81 + working 2.38")
+    memory = {"weights": 4e9, "moments": 0.0, "total": 4e9}
+    assert plan.describe(1, 0, 1, memory).endswith("process: 3.73 GiB = weights 3.73")
+
+
+class Noted:
+    """In the place of Progress: what it was told."""
+    all = []
+
+    def __init__(self, what, total=0, done=0):
+        self.what, self.total, self.done = what, total, done
+        Noted.all.append(self)
+
+    def update(self, n=1):
+        self.done += n
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+
+def test_reading_a_corpus_tells_how_many_bytes_of_how_many(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "Progress", Noted)
+    for name in ("a.jsonl", "b.jsonl"):
+        (tmp_path / name).write_text(json.dumps({"text": "Rosa é paints." * 9}) + "\n\n")
+    (tmp_path / "c.txt").write_text("Ida sings.")
+    corpus.Corpus(str(tmp_path), {"strict": True, "questions": 1})
+    size = sum(path.stat().st_size for path in tmp_path.iterdir())
+    assert Noted.all[-1].total == Noted.all[-1].done == size
+    (tmp_path / "d.jsonl.gz").write_bytes(gzip.compress(b'{"text": "Ida sings."}\n'))
+    corpus.Corpus(str(tmp_path), {"strict": True, "questions": 1})
+    assert Noted.all[-1].total == 0  # nobody knows
+
+
+def test_no_picture_of_another_models_heads_stays(tmp_path):
+    stale = tmp_path / "retrieval.png"
+    stale.write_bytes(b"")
+    heads.draw_heads({}, {"out": str(tmp_path)})
+    assert not stale.exists()
+    heads.draw_heads({}, {"out": str(tmp_path)})
+
+
+@pytest.mark.parametrize("values", [[5.5, 5.9, 6.6], [5.5, 460.0, 930.0]])
+def test_perplexity_has_numbers_on_both_axes(values, monkeypatch):
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    figure, axis = pyplot.subplots()
+    monkeypatch.setattr(perplexity, "save_panels", lambda name, options, titles, width, paint: paint(axis, 0))
+    lengths = [64, 256, 1024]
+    rows = [{"model": "a", "length": n, "perplexity": value} for n, value in zip(lengths, values)]
+    perplexity.draw({"table": rows, "window": 128}, {"lengths": lengths})
+    figure.canvas.draw()
+    low, high = axis.get_ylim()
+    inside = [label for label in axis.get_yticklabels() if label.get_text() and low <= label.get_position()[1] <= high]
+    assert len(inside) >= 2 and [label.get_text() for label in axis.get_xticklabels()] == ["64", "256", "1024"]
+    pyplot.close(figure)

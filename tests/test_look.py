@@ -11,8 +11,9 @@ import pytest
 
 from configs import BadInput, default_groups
 from pairs import coverage
+from pairs.answers import REASONS
 from pairs.show import show
-from pairs.stats import REASONS, score, stats
+from pairs.stats import score, stats
 from tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -171,7 +172,7 @@ def test_a_pair_of_another_shape_is_one_line(tmp_path, change):
 
 
 def test_help_has_the_commands_and_the_forms():
-    done = subprocess.run([sys.executable, "-m", "pairs", "stats", "-h"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "pairs", "-h"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0
     for words in ("python -m pairs score CONFIG", '{"context", "question", "answers"}', "convert longalpaca", '{"prompt", "system", "chosen", "rejected"}'):
         assert words in done.stdout
