@@ -259,6 +259,12 @@ BUGS = [
         "        for key, tensor in [(name, p)]:\n", f"{TRAIN} -k 'another_number_of_processes'"),
     Bug("transformers cuts at the old window", "checkpoint.py",
         '        settings["model_max_length"] = model.config.max_position_embeddings\n', "", f"{CHECKPOINT} -k cut"),
+    Bug("PEFT parts tied embeddings", "checkpoint.py",
+        '        settings["ensure_weight_tying"] = True\n', "        pass\n", f"{CHECKPOINT} -k mean_the_same_in_peft"),
+    Bug("others do not know where a turn ends", "checkpoint.py", "        if stop not in ends:\n", "        if not ends:\n",
+        "tests/test_join.py -k 'keeps_the_sampling or how_it_was'"),
+    Bug("a pair that went to TRL comes back as M pairs", "pairs/convert.py", "        if same and row", "        if False and row",
+        "tests/test_join.py -k 'comes_back or neighbours'"),
 
     # ---- text
     Bug("the priority of merges is their id", "tokenizer.py",
@@ -324,6 +330,10 @@ BUGS = [
         '            self.rope["rope_theta"] = rope_theta\n', "            pass\n", f"{TRAIN} -k 'export_opens or papers_formula'"),
 
     # ---- evaluations
+    Bug("another needle is an invention", "evals/needle.py", "    if is_right(text, example.others):\n", "    if False:\n",
+        f"{EVALS} -k kinds_of"),
+    Bug("the area is over lengths, not their logarithm", "evals/common.py", "zip(np.log(lengths).tolist(), shares)", "zip(lengths, shares)",
+        f"{EVALS} -k area_is"),
     Bug("a needle that is not found counts as 0", "evals/heads.py",
         "            if needle:\n                self.copied.append(hits)\n            else:\n",
         "            self.copied.append(torch.zeros(*self.shape, 1, dtype=torch.bool) if not needle else hits)\n            if not needle:\n",

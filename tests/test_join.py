@@ -28,7 +28,7 @@ BETA, GAMMA, SFT = 0.2, 0.6, 0.5
 # ------------------------------------------------------------------------------------------------ TRL's preferences
 
 def config(*args):
-    return load_config([str(ROOT / "configs" / "tiny.py"), "positions=none", "rope_theta=0", f"beta={BETA}", f"gamma={GAMMA}",
+    return load_config([str(ROOT / "configs" / "tiny.py"), "positions=none", "yarn_factor=0", f"beta={BETA}", f"gamma={GAMMA}",
                         f"sft_weight={SFT}", *args])
 
 
@@ -92,7 +92,7 @@ def test_we_train_on_what_trl_trains_on(pairs_file, tmp_path):
     (tmp_path / "trl.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     converted("trl", tmp_path / "trl.jsonl", tmp_path / "ours.jsonl")
     done = subprocess.run([sys.executable, "train_logo.py", "configs/tiny.py", f"examples={tmp_path}/ours.jsonl", f"out={tmp_path}/run",
-                           "n_examples=0", "fresh_questions=0", "n_rejected=1", "positions=none", "draws=1", "held_out=0", "rope_theta=0",
+                           "n_examples=0", "fresh_questions=0", "n_rejected=1", "positions=none", "draws=1", "held_out=0", "yarn_factor=0", "lora_r=0",
                            f"beta={BETA}", f"gamma={GAMMA}", f"sft_weight={SFT}", "n_chunks=20", "steps=2", "batch_size=2", "micro_batch=2",
                            "log_interval=1", "lr=1e-4"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
