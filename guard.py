@@ -112,8 +112,9 @@ def check_resumable(resumed: str, state: dict, cfg: dict) -> None:
                            "this code has written it: training cannot go on from it, but "
                            "python checkpoint.py merge makes a model of it")
     groups = default_groups()
-    for key in [*groups["build"], *groups["train"]]:
-        found = state["config"].get(key)
+    for key, default in {**groups["build"], **groups["train"]}.items():
+        # A key that it lacks is newer than the checkpoint, which was trained as its default says.
+        found = state["config"].get(key, default)
         if found != cfg[key]:
             raise BadInput(f"{resumed}: was saved with {key}={found!r}, now it is {cfg[key]!r}: "
                            "resume with the old value, or name another out=")

@@ -104,7 +104,7 @@ class Report:
         """metrics: of a step, with "held_out" where that was evaluated. first: held-out, before."""
         if os.environ.get("RANK", "0") == "0":
             append_metrics(self.folder, metrics)
-        self.tracker.log(as_trl(metrics), metrics["step"])
+        self.track(metrics)
         steps = self.cfg["steps"]
         done = metrics["step"]
         text = sentence(done, metrics)
@@ -125,6 +125,23 @@ class Report:
         if "held_out" in metrics:
             say(sentence(done, metrics["held_out"]) + "  held-out")
             warn_of_displacement(first["logps/chosen"], metrics["held_out"]["logps/chosen"])
+
+
+    def track(self, metrics: dict) -> None:
+        try:
+            self.tracker.log(as_trl(metrics), metrics["step"])
+        # Another's package, on a full disk or a broken network: it may raise whatever it likes, and
+        # metrics.jsonl has the same numbers.
+        except Exception as e:
+            say(f"warning: log={self.cfg['log']} has failed, the run goes on without it ({e!r})")
+            self.tracker = Tracker()
+
+    def close(self) -> None:
+        """The last of the curves reach their place, or a warning says that they did not."""
+        try:
+            self.tracker.close()
+        except Exception as e:  # as in track; what was trained is not exported yet
+            say(f"warning: log={self.cfg['log']} could not be ended ({e!r})")
 
 
 def warn_of_displacement(before: float, now: float) -> None:
@@ -264,8 +281,9 @@ def changes(before: dict, after: dict) -> Iterator[str]:
     rope = before.get("right_answers_rope", {})
     yield row_of("", "before", "after", "longer RoPE alone" if rope else "")
     for size, counts in after["right_answers"].items():
-        old = share_of(before["right_answers"][size])
-        untrained = share_of(rope[size]) if rope else ""
+        # A resumed run may ask at sizes at which its first part did not.
+        old = share_of(before["right_answers"].get(size))
+        untrained = share_of(rope.get(size)) if rope else ""
         yield row_of(f"right answers, context {size}", old, share_of(counts), untrained)
     for name, form in HELD_OUT.items():
         if name in after["held_out"]:
@@ -281,14 +299,20 @@ def row_of(name: str, *cells: str) -> str:
     return line.rstrip()
 
 
-def share_of(counts: list[int]) -> str:
+def share_of(counts: list[int] | None) -> str:
+    if not counts:
+        return "not asked"
     right, asked = counts
     return f"{right} of {asked}  {right / asked:.3f}"
 
 
 def said_before_and_after(before: list[dict], after: list[dict]) -> Iterator[str]:
     """Lines of the questions that both have: the right answer, what the model said, and says."""
-    for old, new in zip(before, after):
+    known = {(each["context"], each["question"]): each for each in before}
+    for new in after:
+        old = known.get((new["context"], new["question"]))
+        if not old:  # asked since a resume alone
+            continue
         right = one_line(new["answers"][0])
         yield f"{one_line(new['question'])}   (context {new['context']}; right: {right})"
         for when, answer in (("before", old), ("now", new)):
@@ -337,6 +361,8 @@ def next_commands(cfg: dict, model: str, pairs: str, said: list[dict]) -> list[s
         if value != default:
             ask.append(f"{key}={value}")
     compare = ["-m", "evals", "preferences", model, f"pairs={pairs}", f"compare={cfg['model']}"]
+    # As many as were held out: what was trained on would look better than it is.
+    compare.append(f"last={cfg['held_out']}")
     for key in ("window", "positions", "sparse_share", "draws", "beta", "gamma"):
         compare.append(f"{key}={cfg[key]}")
     return [shell_line(ask), shell_line(compare)]

@@ -207,8 +207,16 @@ say(f"settings: {os.path.relpath(file)}{unnamed}, then the command line; example
     f"{cfg['examples']}")
 say(f"{cfg['name']}: {cfg['model']}, {trained:,} trained + {frozen:,} frozen parameters, "
     f"{world} process(es) on {device.type}, window {cfg['window']}, M = {cfg['n_rejected']}")
+reach = cfg["yarn_factor"] * model.config.rope.get("original_max_position_embeddings", 0)
+if 0 < reach < cfg["window"]:
+    # The window of the pre-training is not the one that a checkpoint with a scaling announces.
+    say(f"warning: yarn_factor={cfg['yarn_factor']:g} reaches {reach:g} positions, "
+        f"window is {cfg['window']}")
 say(f"beta {cfg['beta']}, gamma {cfg['gamma']}, lambda {cfg['sft_weight']}; "
     f"{cfg['steps']} steps of {cfg['batch_size']} groups, lr {cfg['lr']}")
+if rank == 0 and not resumed:
+    from pairs.build import check_built
+    check_built(cfg, tokenizer)  # before questions are asked, and in a dry run
 if resumed:
     before = state["before"]
     say(f"resumed from {resumed}")
@@ -602,11 +610,11 @@ for step in range(start_step, cfg["steps"]):
         guard.save(folder, model, optimizer, state, stopped)
     if stopped and done < cfg["steps"]:
         say(f"stopped after step {done}: resume=auto goes on from {folder}/step_{done:06d}")
-        tracker.close()
+        printed.close()
         dist.destroy_process_group()
         leave(0)
 stop.release()
-tracker.close()
+printed.close()
 lap("train")
 used = guard.peak_memory(device)
 say(f"peak memory of this process so far: {used / 2**30:.2f} GiB")
@@ -652,12 +660,15 @@ lap("questions_after")
 if rank == 0:
     from evals.curves import draw_curves
 
-    draw_curves(folder)
     result = {"config": cfg, "before": before, "after": after, "pairs": len(pairs),
               "processes": world, "resumed": resumed, "skipped": sorted(skipped),
               "peak_memory": used, "seconds": seconds, "torch": torch.__version__,
               "next": report.next_commands(cfg, export, pairs_path(cfg), said)}
     write_json(result, os.path.join(folder, "result.json"))
+    try:
+        draw_curves(folder)
+    except BadInput as e:  # resumed at its last step in another folder, it has no metrics
+        say(f"no picture of the run: {e}")
     report.say_end(result, folder, pairs_path(cfg))
 dist.destroy_process_group()
 leave(0)

@@ -55,8 +55,9 @@ train = dict(
     sparse_share=0.1,        # of the samples under mix; the others are continuous
     draws=2,                 # position draws of a pair; together they cover each chunk's slot
     rope_theta=0.0,          # train and export with this RoPE base; 0: the checkpoint's own
-    yarn_factor=0.0,         # train and export with YaRN, its window so many times the checkpoint's
-                             # own, instead of the checkpoint's scaling; 0: the checkpoint's own
+    yarn_factor=0.0,         # train and export with YaRN, its window so many times that of the
+                             # pre-training (Llama 3.1: 8192), instead of the checkpoint's scaling;
+                             # 0: the checkpoint's own
 
     # objective (Eq. 2 and 3)
     beta=10.0,               # scale of the rewards

@@ -92,10 +92,13 @@ def with_rope(folder: str, changes: dict) -> str:
     made = os.path.join(WORK, "models", digest({"weights": weights(folder), **changes}))
     with locked(made):
         if not os.path.exists(made):
-            shutil.copytree(folder, made + ".new")
+            half_made = made + ".new"
+            # A killed run's may be there.
+            shutil.rmtree(half_made, ignore_errors=True)
+            shutil.copytree(folder, half_made)
             config = read_json(os.path.join(folder, "config.json"))
-            write_json({**config, **changes}, os.path.join(made + ".new", "config.json"))
-            os.replace(made + ".new", made)
+            write_json({**config, **changes}, os.path.join(half_made, "config.json"))
+            os.replace(half_made, made)
     return made
 
 

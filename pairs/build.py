@@ -436,6 +436,27 @@ def refuse_other_settings(path: str, built: dict, settings: dict) -> None:
                            f"{settings.get(key)!r}: name another file with pairs=, or remove it")
 
 
+def check_built(cfg: dict, tokenizer: Tokenizer) -> None:
+    """BadInput where the pairs' file is there and of other settings. Nothing is written or asked.
+
+    build_pairs looks again. This is for who has work to do before, or will not build at all.
+    """
+    path = pairs_path(cfg)
+    if not os.path.exists(path):
+        return
+    try:
+        built = read_header(path)
+    except BadInput:
+        return  # a first line that a kill cut short: the build begins anew
+    if not built:
+        return
+    endpoint_model = cfg["endpoint_model"]
+    if cfg["endpoint"] and not endpoint_model:
+        endpoint_model = built.get("endpoint_model")
+    settings = header(cfg, tokenizer, endpoint_model, read_examples(cfg, "train"))
+    refuse_other_settings(path, built, settings)
+
+
 def start_file(path: str, settings: dict) -> None:
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)

@@ -15,7 +15,7 @@ from experiments import report
 from experiments.lists import LISTS
 from experiments.measure import TIMES, invents, right, share, states
 from experiments.picture import draw
-from experiments.run import OWN_KEYS, ROOT, aligned, run, settings, train
+from experiments.run import OWN_KEYS, ROOT, aligned, run, settings, train, with_rope
 from experiments.variants import VARIANTS
 from experiments.worlds import alike, gone
 from tokenizer import load_tokenizer
@@ -363,3 +363,13 @@ def test_who_answers_and_who_is_trained(tmp_path, monkeypatch):
     policy = aligned({**first, "beta": 0.0}, 1)
     # The base's own pairs are there already.
     assert done == [("train_logo.py", tiny, 8.0, 0.0), ("pairs", policy, 8.0, 1.0), ("train_logo.py", tiny, 8.0, 1.0)]
+
+
+def test_a_model_that_a_kill_left_half_made_is_made_anew(tmp_path, monkeypatch):
+    monkeypatch.setattr("experiments.run.WORK", str(tmp_path))
+    tiny = os.path.join(ROOT, "models", "tiny")
+    made = with_rope(tiny, {"rope_theta": 2e4})
+    os.rename(made, made + ".new")
+    assert with_rope(tiny, {"rope_theta": 2e4}) == made and not os.path.exists(made + ".new")
+    with open(os.path.join(made, "config.json")) as f:
+        assert json.load(f)["rope_theta"] == 2e4

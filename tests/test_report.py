@@ -43,6 +43,20 @@ def test_questions_before_and_after_are_one_line_each():
     assert list(report.said_before_and_after([], [one])) == []  # a checkpoint of before there were any
 
 
+def test_a_resumed_run_may_ask_at_other_sizes():
+    """What was not asked before has no number, and no answer stands beside that to another question."""
+    before = {"right_answers": {"104": [3, 4]}, "right_answers_rope": {"104": [2, 4]}, "held_out": {}}
+    lines = list(report.changes(before, {"right_answers": {"104": (4, 4), "232": (1, 4)}, "held_out": {}}))
+    assert [line.split()[4:] for line in lines[1:]] == [
+        ["3", "of", "4", "0.750", "4", "of", "4", "1.000", "2", "of", "4", "0.500"],
+        ["not", "asked", "1", "of", "4", "0.250", "not", "asked"]]
+    assert "not asked" in list(report.changes({"right_answers": {}, "held_out": {}}, {"right_answers": {"232": (1, 4)}, "held_out": {}}))[1]
+    old = {"context": 104, "question": "Who is Rosa?", "answers": ["She paints."], "said": "She sings.", "right": False}
+    new = {**old, "question": "Who is Ida?", "said": "She paints.", "right": True}
+    said = list(report.said_before_and_after([old], [new, {**old, "context": 232}, {**old, "said": "No."}]))
+    assert said == ["Who is Rosa?   (context 104; right: She paints.)", "  before  wrong  She sings.", "  now     wrong  No."]
+
+
 @pytest.mark.parametrize("word", ["tail=\nQuestion: {question}\nAnswer:", "it's\n\\n", "plain", "two words", "$x `y` \"z\""])
 def test_a_command_reaches_the_program_as_it_was(word):
     line = report.shell_line(["-c", "import sys, json; print(json.dumps(sys.argv[1]))", word])
@@ -103,6 +117,26 @@ def test_a_hosted_tracker_is_told_of_the_run_and_of_each_step(package, monkeypat
     tracker.close()
     assert calls[0] == ("init", "nanologo", "tiny", cfg["lr"]) and calls[-1] == ("finish",)
     assert calls[1][:2] == ("log", 1) and calls[1][2]["train/rewards/margins"] == 2.0
+
+
+class BrokenTracker(report.Tracker):
+    def log(self, metrics, step):
+        raise OSError(28, "No space left on device")
+
+    def close(self):
+        raise RuntimeError("no network")
+
+
+def test_a_tracker_that_fails_costs_the_curves_and_not_the_run(tmp_path, capsys):
+    cfg = {**load_config([]), "log": "tensorboard"}
+    lines = report.Report(str(tmp_path), cfg, 1, None, BrokenTracker())
+    for step in (1, 2, 3):
+        lines.step({**METRICS, "step": step, "lr": 0.1, "grad_norm": 1.0, "seconds": 1.0, "tokens": 8.0, "tflop": 1.0}, {})
+    lines.close()
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
+    report.Report(str(tmp_path), cfg, 1, None, BrokenTracker()).close()
+    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: log=tensorboard")]
+    assert len(warnings) == 2 and "No space left" in warnings[0] and "no network" in warnings[1]
 
 
 def test_tensorboard_has_each_step_once_after_a_kill(tmp_path):

@@ -402,6 +402,24 @@ def test_a_checkpoint_of_another_version_is_refused_in_one_line(tmp_path, key):
         guard.check_resumable("step_000002", state, cfg)
 
 
+def test_a_checkpoint_of_before_a_key_was_is_one_of_its_default():
+    cfg = {**load_config(["configs/tiny.py"]), "yarn_factor": 0.0}
+    state = dict.fromkeys(("before", "held_out", "pairs", "skipped", "updates")) | {"config": dict(cfg)}
+    del state["config"]["yarn_factor"]
+    guard.check_resumable("step_000002", state, cfg)
+    with pytest.raises(BadInput, match="^step_000002: was saved with yarn_factor=0.0, now it is 8.0"):
+        guard.check_resumable("step_000002", state, {**cfg, "yarn_factor": 8.0})
+
+
+def test_a_run_resumed_at_its_end_elsewhere_asks_what_was_not_asked(run, checkpointed, tmp_path):
+    """It has no metrics of its own to draw, and no count before of questions that its first part did not ask."""
+    done = launch(*arguments(run, tmp_path / "b", "save_interval=2", *LORA, f"resume={checkpointed}/step_000004", "fresh_sizes=[60]",
+                             "fresh_questions=2"), processes=0)
+    assert done.returncode == 0 and "no picture of the run: " in done.stdout, done.stderr
+    assert re.search(r"right answers, context 60 +not asked +\d of 2", done.stdout), done.stdout
+    assert json.loads((tmp_path / "b" / "result.json").read_text())["after"]["right_answers"]["60"][1] == 2
+
+
 def test_a_full_disk_costs_the_checkpoint_and_not_the_run(run, checkpointed, tmp_path):
     """A limit on the size of files stands for the disk: of step 4's checkpoint and of the export, nothing is left."""
     folder = shutil.copytree(checkpointed, tmp_path / "run")
@@ -893,7 +911,9 @@ def test_the_end_says_what_changed_and_what_to_type_and_so_does_the_result(run, 
                                capture_output=True, text=True)
         assert typed.returncode == 0, typed.stderr
     row = json.loads((tmp_path / "preferences.json").read_text())["table"]
-    assert [each["n"] for each in row] == [len(load_pairs(run.pairs, result["config"], load_tokenizer(TINY)))] * 2
+    assert [each["n"] for each in row] == [result["config"]["held_out"]] * 2  # and none that was trained on
+    after = result["after"]["held_out"]
+    assert [row[0][key] for key in ("rewards/margins", "logps/chosen")] == pytest.approx([after[key] for key in ("rewards/margins", "logps/chosen")], rel=1e-3)
 
 
 @pytest.mark.parametrize("processes", [0, 2])
@@ -914,6 +934,18 @@ def test_a_dry_run_shows_the_first_prompt_and_touches_nothing(run, checkpointed,
     end = group.segments[0].end + 1
     assert f"with 1 BOS: {' '.join(map(str, group.tokens[:end].tolist()))}\n" in done.stdout
     assert f"positions: {' '.join(map(str, group.positions[:end].tolist()))}\n" in done.stdout
+
+
+@pytest.mark.parametrize("words", [("dry_run=True",), ("fresh_questions=5",)])
+def test_pairs_of_other_settings_are_refused_before_anything_is_asked(run, tmp_path, words):
+    done = launch(*arguments(run, tmp_path / "none", "temperature=0.25", *words), processes=0)
+    assert done.returncode == 1 and "right answers" not in done.stdout and done.stderr.count("\n") == 1
+    assert "was built with temperature=" in done.stderr, done.stderr
+
+
+def test_a_yarn_that_does_not_reach_the_window_is_said(run, tmp_path):
+    done = launch(*arguments(run, tmp_path / "none", *AS_IN_THE_FILE, "yarn_factor=4", "dry_run=True"), processes=0)
+    assert done.returncode == 0 and "warning: yarn_factor=4 reaches 512 positions, window is 1024" in done.stdout, done.stderr
 
 
 def test_a_dry_run_without_pairs_shows_what_they_will_begin_with(tmp_path):
