@@ -202,9 +202,9 @@ started = time.time()
 seconds = {}
 trained, frozen = count_parameters(model)
 file = config_file(sys.argv[1:])
-unnamed = " (no file is named: that of the tiny example)" if file not in sys.argv else ""
-say(f"settings: {os.path.relpath(file)}{unnamed}, then the command line; examples: "
-    f"{cfg['examples']}")
+if file not in sys.argv:
+    file = "configs/tiny.py (no file is named: that of the tiny example)"
+say(f"settings: {file}, then the command line; examples: {cfg['examples']}")
 say(f"{cfg['name']}: {cfg['model']}, {trained:,} trained + {frozen:,} frozen parameters, "
     f"{world} process(es) on {device.type}, window {cfg['window']}, M = {cfg['n_rejected']}")
 reach = cfg["yarn_factor"] * model.config.rope.get("original_max_position_embeddings", 0)
