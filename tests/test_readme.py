@@ -70,7 +70,9 @@ def check_pairs(words):
 
 def check_evals(words):
     command, model, *rest = words
-    if command == "questions":
+    if command == "curves":
+        assert model.startswith("out/") and not rest
+    elif command == "questions":
         check_settings_words(rest)
     else:
         with_arguments(importlib.import_module(f"evals.{command}").OPTIONS, rest)
@@ -199,7 +201,7 @@ def test_the_map_from_equations_points_at_what_it_names():
 def test_every_named_file_and_test_exists():
     text = README + RESULTS
     for path in set(re.findall(r"(?<![\w/])(?:[\w-]+/)*[\w-]+\.(?:py|txt|png|md|toml)\b", text)):
-        known = path in ("configs/mine.py", "rosa.txt") or any((ROOT / folder / path).exists() for folder in (".", "configs", "tests"))
+        known = path in ("configs/mine.py", "rosa.txt", "curves.png") or any((ROOT / folder / path).exists() for folder in (".", "configs", "tests"))
         assert known, path
     tests = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("*.py"))
     for name in set(re.findall(r"`(test_\w+)`", text)):
