@@ -60,7 +60,7 @@ def open_safetensors(path: str) -> safe_open:
     """An open safetensors file, to be used in a with statement."""
     try:
         return safe_open(path, framework="pt")
-    except (OSError, SafetensorError) as e:
+    except (OSError, ValueError, SafetensorError) as e:  # ValueError: a name that is not UTF-8
         raise BadInput(f"{path}: not a readable safetensors file ({e})") from e
 
 
@@ -362,6 +362,9 @@ def check_rope(rope: Settings, path: str) -> None:
         # A dict: the frequencies of one kind of layer, in models that have several kinds.
         if isinstance(value, dict) or key == "partial_rotary_factor" and value not in (None, 1.0):
             raise BadInput(f"{path}: {key} is {value!r}, which this model does not implement")
+    # A factor says that there is a scaling: which one, some file's older dialect may say elsewhere.
+    if kind == "default" and rope.get("factor") not in (None, 1.0):
+        refuse(path, "factor", rope["factor"], "a rope_type beside it that is not 'default'")
     # Frequencies are powers of 1 / theta: at 1 all dimensions turn alike, below it they speed up.
     if rope["rope_theta"] <= 1:
         refuse(path, "rope_theta", rope["rope_theta"], "a number above 1")

@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 
-from configs import BadInput
+from configs import BadInput, reading, saving
 from console import SILENT, clock, say
 from data import Batch
 from tokenizer import Tokenizer
@@ -42,15 +42,16 @@ def keep_metrics(folder: str, steps: int) -> None:
     path = os.path.join(folder, "metrics.jsonl")
     kept = []
     if steps and os.path.exists(path):
-        with open(path, encoding="utf-8") as f:
+        with reading(path), open(path, encoding="utf-8") as f:
             for line in f:
                 # A kill may have cut the last one short.
                 whole = line.endswith("\n")
                 if whole and json.loads(line)["step"] <= steps:
                     kept.append(line)
-    with open(path + ".tmp", "w", encoding="utf-8") as f:
-        f.writelines(kept)
-    os.replace(path + ".tmp", path)
+    with saving(path):
+        with open(path + ".tmp", "w", encoding="utf-8") as f:
+            f.writelines(kept)
+        os.replace(path + ".tmp", path)
 
 
 def is_due(done: int, interval: int, steps: int) -> bool:

@@ -442,6 +442,7 @@ class Tokenizer:
         self._encode = vocabulary.encode
         self._decode = vocabulary.decode
         self.digest = digest
+        self.folder = folder
         settings = vocabulary.ends | read_settings(folder)
         self.special = dict(vocabulary.special)
         for i, token in (settings.get("added_tokens_decoder") or {}).items():
@@ -500,8 +501,8 @@ class Tokenizer:
             head.insert(1, (template.system, system))
         stops = list(dict.fromkeys(self._fill([(template.stops, "")])))
         if not stops:
-            raise BadInput(f"template {self.template} ends answers with {template.stops}: "
-                           "found no such token in this folder")
+            raise BadInput(f"{self.folder}: template {self.template} ends answers with "
+                           f"{template.stops}, found no such token")
         return self._fill(head), self._fill([(template.tail, user_tail)]), stops
 
     def jinja(self) -> str:

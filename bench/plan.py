@@ -27,7 +27,7 @@ from typing import NamedTuple
 import torch
 
 from checkpoint import read_config
-from configs import BadInput, load_config
+from configs import BadInput, check_settings, load_config, refuse
 from model import HEAD_CHUNK, Llama, LlamaConfig, Segment, count_parameters, step_flops
 
 OPTIONS = dict(
@@ -409,9 +409,26 @@ def what_fits(model: Llama, cfg: dict, shape: Shape, room: float) -> dict[str, i
     return {"M": most, "prompt": longest}
 
 
+def check(options: dict) -> None:
+    """BadInput names the option that nothing can be planned with."""
+    for key in ("gpus", "answer"):
+        if options[key] < 1:
+            refuse(key, options[key], "at least 1")
+    for key in ("gpus", "answer", "prompt", "samples"):
+        # Beyond it sizes are no longer exact as floats, and no machine is as large.
+        if options[key] > 1 << 40:
+            refuse(key, options[key], "at most 2**40")
+    for key in ("memory", "utilisation"):
+        for value in options[key]:
+            if type(value) not in (int, float) or not 0 < value < 1 << 40:
+                refuse(key, options[key], "a list of numbers above 0")
+
+
 def run(options: dict, config: list[str]) -> list[dict]:
     """Both layouts, on one GPU and on all: printed lines, and rows for the JSON file."""
+    check(options)
     cfg = load_config(config)
+    check_settings(cfg)
     model = planned_model(cfg, options["shape"])
     flops_by_name(options["gpu"])  # refuses an unknown one before a line is printed
     prompt = options["prompt"] or cfg["n_chunks"] * cfg["chunk_size"]

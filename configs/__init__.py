@@ -8,6 +8,7 @@ import difflib
 import importlib.util
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -47,9 +48,21 @@ AT_MOST = {
     "endpoint_requests": 1024,
 }
 
+LONGEST_LINE = 1000  # characters of a message
+UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+
 
 class BadInput(ValueError):
     """Something the user gave is wrong. Its message is one line: where, what, what was expected."""
+
+    def __init__(self, message: str):
+        # What a message quotes is the user's, or of whoever made a file: a name may hold a line
+        # break or a terminal's commands, a value may be a book.
+        line = UNPRINTABLE.sub(lambda found: repr(found.group())[1:-1], message)
+        if len(line) > LONGEST_LINE:
+            half = LONGEST_LINE // 2
+            line = f"{line[:half]} ... {line[-half:]}"
+        super().__init__(line)
 
 
 def nearest(word: object, known: Iterable[object]) -> str:
@@ -107,9 +120,19 @@ def reading(path: str) -> Iterator[None]:
         raise BadInput(f"{path}: not as expected ({type(e).__name__}: {found})") from e
 
 
+@contextmanager
+def saving(path: str) -> Iterator[None]:
+    """Turn a disk that is full, or that refuses, into one line."""
+    try:
+        yield
+    except OSError as e:
+        raise BadInput(f"{path}: cannot be written ({e.strerror or e})") from e
+
+
 def write_json(value: Any, path: str) -> None:
     """Write, then rename: a kill leaves the old file or the new one, never half of one."""
-    with open(path + ".tmp", "w", encoding="utf-8", errors="surrogateescape") as f:
+    # A lone half of a character, which JSON can spell and UTF-8 has not, is written as it came.
+    with open(path + ".tmp", "w", encoding="utf-8", errors="backslashreplace") as f:
         json.dump(value, f, indent=2, ensure_ascii=False)
         f.write("\n")
     os.replace(path + ".tmp", path)
@@ -213,6 +236,8 @@ def checked(config: dict, key: str, value: Any, where: str) -> Any:
                        f"expected {expected.__name__} like {default!r}")
     if expected in (int, float) and not 0 <= value < float("inf") and key != "delta":
         raise BadInput(f"{where}: {key} is {value!r}, expected a number that is not negative")
+    if expected is int and not -2 ** 63 <= value < 2 ** 63:
+        raise BadInput(f"{where}: {key} is {value!r}, expected a number less than 2 ** 63")
     return value
 
 

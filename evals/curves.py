@@ -53,7 +53,7 @@ def draw_curves(folder: str) -> None:
         save_panels("curves", {"out": folder}, titles, 4.2, paint, rows=2)
     except ImportError:
         print("no picture of the run: pip install matplotlib, python -m evals curves", folder)
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, OverflowError) as e:
         print(f"no picture of the run: {e}")
 
 

@@ -22,10 +22,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from configs import BadInput, checked, default_groups
-from data import load_pairs, read_header, text_around
+from configs import BadInput
+from data import load_pairs, text_around
 from pairs.corpus import example_of, files_of, parse, raw_rows, text_at
-from tokenizer import Tokenizer, load_tokenizer
+from pairs.stats import settings_of, tokenizer_of
+from tokenizer import Tokenizer
 
 # LongAlpaca frames its documents. long-llm-data sets the question apart by a rule of hyphens, or by
 # an empty line alone, which a document has as well: so the last of the surest kind counts.
@@ -120,7 +121,8 @@ def turns_of(messages: object) -> list[Turn]:
         # ShareGPT's names beside OpenAI's: both are about.
         found = message if isinstance(message, dict) else {}
         role = found.get("role", found.get("from"))
-        role = names.get(role, role)
+        if isinstance(role, str):  # a file may say what cannot be hashed
+            role = names.get(role, role)
         text = found.get("content", found.get("value"))
         if role not in ("system", "user", "assistant") or not isinstance(text, str):
             raise BadInput(f"a message is {repr(message)[:60]}, expected {{'role': user or "
@@ -151,27 +153,14 @@ def trl_rows(path: str, most: int | None) -> Iterator[dict]:
 
     BadInput where the file's first line does not say what its token ids and questions stand in.
     """
-    settings = settings_of(path)
-    tokenizer = load_tokenizer(settings["model"], settings["template"])
+    settings = settings_of(path, ("prompt_head", "prompt_tail", "n_chunks", "n_rejected"))
+    # Another window than the run's matters to nobody here: TRL has one of its own.
+    settings["window"] = sys.maxsize
+    tokenizer = tokenizer_of(path, settings)
     for pair in load_pairs(path, settings, tokenizer):
         turns = prompt_turns(pair, settings, tokenizer)
         for text in pair["rejected"][:most]:
             yield trl_row(turns, pair["chosen"], text, tokenizer.template)
-
-
-def settings_of(path: str) -> dict:
-    """What a pairs' file was built with, as far as its prompts depend on it."""
-    header = read_header(path)
-    groups = default_groups()
-    defaults = groups["paths"] | groups["build"]
-    # Another window than the run's matters to nobody here: TRL has one of its own.
-    settings = {"window": sys.maxsize}
-    for key in ("model", "template", "prompt_head", "prompt_tail", "n_chunks", "n_rejected"):
-        if key not in header:
-            raise BadInput(f"{path}, line 1: no {key!r} among its settings, without which nobody "
-                           "knows what its token ids say")
-        settings[key] = checked(defaults, key, header[key], f"{path}, line 1")
-    return settings
 
 
 def prompt_turns(pair: dict, settings: dict, tokenizer: Tokenizer) -> list[Turn]:
@@ -248,14 +237,19 @@ def write_rows(rows: Iterable[dict], out: str) -> None:
     """Write rows as a file, which appears whole or not at all; print how many."""
     written = 0
     answers = Counter()
-    with open(out + ".tmp", "w", encoding="utf-8") as f:
-        for row in rows:
-            f.write(json.dumps(row) + "\n")
-            written += 1
-            # Of a ready pair in our form: the config has to ask for as many.
-            if isinstance(row.get("rejected"), list) and isinstance(row["prompt"], str):
-                answers[len(row["rejected"])] += 1
-    os.replace(out + ".tmp", out)
+    try:
+        with open(out + ".tmp", "w", encoding="utf-8") as f:
+            for row in rows:
+                f.write(json.dumps(row) + "\n")
+                written += 1
+                # Of a ready pair in our form: the config has to ask for as many.
+                if isinstance(row.get("rejected"), list) and isinstance(row["prompt"], str):
+                    answers[len(row["rejected"])] += 1
+        os.replace(out + ".tmp", out)
+    finally:
+        # Whatever ended it: half of a file is of no use to anybody.
+        if os.path.exists(out + ".tmp"):
+            os.remove(out + ".tmp")
     print(f"{out}: {written} rows")
     for n, rows in sorted(answers.items()):
         print(f"  {rows} of them have {n} rejected: n_rejected={n}")

@@ -334,11 +334,23 @@ def generated_examples(path: str, count: int, size: int, seed: int) -> list[dict
     generator = getattr(run_file(path), "examples", None)
     if not callable(generator):
         raise BadInput(f"{path}: expected a function examples(count, size, seed) in it")
+    try:
+        rows = list(generator(count, size, seed))
+    except Exception as e:  # the function is the user's, as the file is
+        raise BadInput(f"{path}: examples({count}, {size}, {seed}): {type(e).__name__}: {e}") from e
     # Such a file may tell the same text again, with another question.
     numbers = {}
     found = []
-    for example in generator(count, size, seed):
-        found.append({"document": number_of_document(example, numbers), **example})
+    for number, row in enumerate(rows):
+        try:
+            example = example_of(row)
+            document = number_of_document(example, numbers)
+        except BadInput as e:
+            raise BadInput(f"{path}, example {number}: {e}") from e
+        if "passage" in example:
+            raise BadInput(f"{path}, example {number}: has a 'text' that answers, expected "
+                           "'context', with whatever else there is to read in it")
+        found.append({"document": document, **example})
     return found
 
 

@@ -3,17 +3,17 @@ import re
 import sys
 
 from configs import BadInput, reading
-from data import Evaluator, load_evaluator, read_header
+from data import Evaluator, load_evaluator
 from pairs.answers import normalize
-from pairs.stats import read_pairs
-from tokenizer import Tokenizer, load_tokenizer
+from pairs.stats import read_pairs, settings_of, tokenizer_of
+from tokenizer import Tokenizer
 
 WORD = re.compile(r"\w+(?:[.,]\d+)*")
 
 
 def show(argv: list[str]) -> int:
     """Print the pair with an id. Words of the question or of its right answers are bright."""
-    if len(argv) != 2 or not argv[1].isdigit():
+    if len(argv) != 2 or not re.fullmatch("[0-9]{1,10}", argv[1]):
         raise BadInput("expected: python -m pairs show PAIRS ID")
     path = argv[0]
     # An id is the number of its example: those that were dropped count as well.
@@ -24,12 +24,8 @@ def show(argv: list[str]) -> int:
         first = [row["id"] for row in pairs[:8]]
         raise BadInput(f"{path}: no pair has the id {number}; the first ids are {first}")
     # Token ids mean nothing without their tokenizer; the header says whose they are.
-    settings = read_header(path)
-    needed = ("model", "template", "evaluator", "spacy_model")
-    for key in needed:
-        if key not in settings:
-            raise BadInput(f"{path}, line 1: no {key!r} among its settings, expected {needed}")
-    tokenizer = load_tokenizer(settings["model"], settings["template"])
+    settings = settings_of(path, ("evaluator", "spacy_model"))
+    tokenizer = tokenizer_of(path, settings)
     with reading(path):
         print_pair(found[0], tokenizer, load_evaluator(settings))
     return 0

@@ -7,14 +7,29 @@ from collections import Counter
 
 import numpy as np
 
-from configs import BadInput, check_settings, load_config, reading
+from configs import (
+    BadInput,
+    check_settings,
+    checked,
+    default_groups,
+    load_config,
+    reading,
+)
 from console import Progress
-from data import IRRELEVANT, NEAR, PARTIAL, check_fit, load_evaluator, read_lines
+from data import (
+    IRRELEVANT,
+    NEAR,
+    PARTIAL,
+    check_fit,
+    load_evaluator,
+    read_header,
+    read_lines,
+)
 from pairs.answers import REASONS
 from pairs.build import Draft, drafts, missing_blocks
 from pairs.corpus import read_examples
 from pairs.coverage import SAMPLES, coverage, picture, to_uniform
-from tokenizer import load_tokenizer
+from tokenizer import Tokenizer, load_tokenizer
 
 KEYS = ("id", "question", "chunks", "scores", "chosen", "rejected")  # of a pair
 HEADINGS = "                                        least   median     mean     most"
@@ -57,6 +72,28 @@ def read_pairs(path: str) -> tuple[list[dict], Counter]:
                                "why it was dropped")
         pairs.append(row)
     return pairs, dropped
+
+
+def settings_of(path: str, keys: tuple[str, ...]) -> dict:
+    """These settings that a pairs' file was built with, and those that say whose its tokens are."""
+    header = read_header(path)
+    groups = default_groups()
+    defaults = groups["paths"] | groups["build"]
+    settings = {}
+    for key in ("model", "template", *keys):
+        if key not in header:
+            raise BadInput(f"{path}, line 1: no {key!r} among its settings, without which nobody "
+                           "knows what its token ids say")
+        settings[key] = checked(defaults, key, header[key], f"{path}, line 1")
+    return settings
+
+
+def tokenizer_of(path: str, settings: dict) -> Tokenizer:
+    """The tokenizer that a pairs' file names in its settings."""
+    try:
+        return load_tokenizer(settings["model"], settings["template"])
+    except BadInput as e:
+        raise BadInput(f"{path}, line 1: {e}") from e
 
 
 # -------------------------------------------------------------------------------------------- stats

@@ -25,19 +25,19 @@ import traceback
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
+import safetensors.torch
 import torch
 
 import data
 import guard
+import report
 from bench import plan
 from bench.__main__ import split_words
 from checkpoint import (
-    check_state,
+    ROPE_NUMBERS,
+    YARN_NUMBERS,
     chats_of,
-    checkpoints,
     config_json,
-    load_checkpoint,
     load_pretrained,
     load_trained,
     merge,
@@ -63,10 +63,10 @@ from configs import (
     with_arguments,
     write_json,
 )
-from evals import needle, perplexity, preferences, qa
+from evals import curves, needle, perplexity, preferences, qa
 from evals.__main__ import read_command
 from evals.common import texts
-from model import IGNORE, Llama, LlamaConfig, rope_frequencies
+from model import IGNORE, Llama, rope_frequencies
 from pairs import convert, corpus
 from pairs.build import draft, read_built
 from pairs.show import show
@@ -75,7 +75,8 @@ from tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = str(ROOT / "models" / "tiny")
-SECONDS = 5          # an input that takes longer hangs
+SECONDS = 5          # of CPU time: an input that takes longer hangs
+WAITING = 60         # seconds in all
 LONGEST = 1500       # characters of a line that somebody is to read
 MEMORY = 3 << 30     # bytes beyond what is mapped already: an input that asks for more asks for nonsense
 
@@ -122,9 +123,16 @@ def places(value, way=()):
 
 
 def junk(rng, value=None):
-    """Another value: anything at all, or a neighbour of this one."""
+    """Another value: anything at all, one of the same type, or a neighbour of this one."""
     chance = rng.random()
-    if type(value) in (int, float) and chance < 0.3:
+    if chance > 0.7:
+        alike = [other for other in JUNK if type(other) is type(value)]
+        if type(value) is int:
+            alike += [3, 4, 8, 16, 100, 1024]
+        if type(value) is float:
+            alike += [0.0, 0.1, 1.0, 2.0, 100.0, 1e-6]
+        return copy.deepcopy(rng.choice(alike or JUNK))
+    if type(value) in (int, float) and chance < 0.3 and abs(value) < 1e300:
         near = [-value, value + 1, value - 1, value * 2, value + 0.5, value * 1000, str(value), [value], bool(value)]
         return rng.choice(near)
     if isinstance(value, str) and chance < 0.3:
@@ -170,7 +178,7 @@ def text_of(rng, value):
         text = text.replace(json.dumps(DEEP), rng.choice(["[" * n + "]" * n, '{"a":' * n + "1" + "}" * n, "[" * n]))
     text = text.replace(json.dumps(LONG_NUMBER), "9" * 5000)
     if rng.random() < 0.05:  # a key twice
-        text = text.replace('{"', '{"%s": null, "' % rng.choice(["id", "x", "model_type", "chunks", "question"]), 1)
+        text = text.replace('{"', '{"' + rng.choice(["id", "x", "model_type", "chunks", "question"]) + '": null, "', 1)
     return text
 
 
@@ -363,7 +371,7 @@ def try_words(world, rng):
     for group in default_groups().values():
         every.update(group)
     words = words_for(rng, every)
-    cfg = load_config([str(ROOT / "configs" / rng.choice(["tiny.py", "tiny.py", "default.py", "smollm2.py"])), *world.words, *words])
+    cfg = load_config([str(ROOT / "configs" / rng.choice(["tiny.py"] * 18 + ["default.py", "smollm2.py"])), *world.words, *words])
     use_settings(world, cfg)
 
 
@@ -371,15 +379,15 @@ def try_config(world, rng):
     every = {}
     for group in default_groups().values():
         every.update(group)
-    items = [f"    {key!r}: {value!r},\n" for key, value in {**world.cfg}.items() if key != "name"]
-    for _ in range(rng.randint(1, 3)):
+    items = [f"    {key!r}: {value!r},\n" for key, value in world.cfg.items() if key != "name"]
+    for _ in range(rng.choice([1, 1, 2, 3])):
         key = rng.choice(list(every))
         items.append(f"    {rng.choice([repr(key)] * 9 + ['1', 'None', repr(key + 'x'), '()'])}: {value_for(rng, every[key])},\n")
     content = "config = {\n" + "".join(items) + "}\n"
     content = content.encode("utf-8", "surrogatepass")
     if rng.random() < 0.3:
         content = damaged(rng, content)
-    name = rng.choice(["c.py"] * 9 + ["c.json", "c", "c.PY"])
+    name = rng.choice(["c.py"] * 30 + ["c.json", "c", "c.PY"])
     path = Path(world.fresh(), name)
     path.write_bytes(content)
     use_settings(world, load_config([str(path)]))
@@ -408,7 +416,8 @@ def use_pairs(world, rng, path):
         try:
             return work(*arguments)
         except BadInput as e:
-            one_line(e, path)
+            # Of an id that is none, and of a setting that may be of the file, the config or the command line.
+            one_line(e, "" if str(e).startswith("expected: python -m pairs show") or work is preferences.settings_of else path)
             refused.append(e)
 
     pairs = part(data.load_pairs, path, world.cfg, world.tokenizer)
@@ -470,13 +479,16 @@ def use_model(world, rng, folder, finite=True):
     sane(bool(torch.isfinite(frequencies).all()) and math.isfinite(scale) and scale > 0, "frequencies", frequencies, scale)
     if finite:
         with torch.no_grad():
-            logits = model.logits(torch.tensor([[3, 4, 5, 6]])[0])
+            logits = model.logits(torch.tensor([[3, 4, 5, 6]]))
         sane(bool(torch.isfinite(logits).all()), "logits")
     # What is written again is what was read.
     path = f"{world.work}/again.json"
     write_json(config_json(model.config), path)
     again = read_config(path)
     again.raw = model.config.raw
+    known = {"rope_type", "rope_theta", "factor", *ROPE_NUMBERS["llama3"], *YARN_NUMBERS, "truncate"}
+    for config in (again, model.config):  # what is no key of anything says nothing, and need not last
+        config.rope = {key: value for key, value in config.rope.items() if key in known and value is not None}
     sane(again == model.config, "config.json does not come back:", model.config.rope, again.rope)
     model.config.extend(1024, 0.0, rng.choice([0.0, 8.0]))
     frequencies, scale = rope_frequencies(model.config)
@@ -503,14 +515,30 @@ def try_adapter(world, rng):
 
 
 def hostile_safetensors(rng, content):
-    """A safetensors file with another header, or with bytes changed anywhere."""
+    """A safetensors file of other tensors, with another header, or with bytes changed anywhere."""
     size = struct.unpack("<Q", content[:8])[0]
     header = json.loads(content[8:8 + size])
-    if rng.random() < 0.6:
+    kind = rng.random()
+    if kind < 0.4:
+        return safetensors.torch.save(other_tensors(rng, safetensors.torch.load(content)))
+    if kind < 0.75:
         text = bytes_of(rng, changed(rng, header))
         length = len(text) if rng.random() < 0.8 else rng.choice([0, 1, size, 2**31, 2**63, 2**64 - 1, len(text) + 8])
         return struct.pack("<Q", length) + text + content[8 + size:]
     return damaged(rng, content)
+
+
+def other_tensors(rng, tensors):
+    """Tensors as a whole file may hold them: of other shapes, numbers and names, too many, too few."""
+    name = rng.choice(list(tensors))
+    tensor = tensors[name].clone()
+    others = [tensor.to(torch.bfloat16), tensor.double(), tensor.half(), tensor.to(torch.int8), tensor > 0, tensor[:0], tensor[..., :0],
+              tensor[1:], tensor[None], tensor.flatten(), torch.tensor(1.0), tensor.repeat(2, *[1] * (tensor.ndim - 1)),
+              torch.full_like(tensor, math.nan), tensor.to(torch.float8_e4m3fn), tensor.to(torch.complex64)]
+    tensors[rng.choice([name, name, name, name + ".x", "", "a\nb", "lm_head.weight", "\x1b[31m", "x" * 3000])] = rng.choice(others).contiguous()
+    if rng.random() < 0.2:
+        del tensors[rng.choice(list(tensors))]
+    return tensors
 
 
 def try_safetensors(world, rng):
@@ -770,7 +798,7 @@ def try_options(world, rng):
 def try_plan(world, rng):
     every = {**default_groups()["build"], **default_groups()["train"], **default_groups()["run"]}
     words = words_for(rng, plan.OPTIONS if rng.random() < 0.7 else every, 2)
-    own, config = split_words(plan.OPTIONS, [str(ROOT / "configs" / "llama3_8b_80k.py"), *words])
+    own, config = split_words(plan.OPTIONS, [str(ROOT / "configs" / rng.choice(["tiny.py"] * 19 + ["llama3_8b_80k.py"])), *world.words, *words])
     options = with_arguments(plan.OPTIONS, own)
     table = plan.run(options, config)
     finite_everywhere(table, "plan")
@@ -787,11 +815,13 @@ def try_metrics(world, rng):
     folder = world.fresh()
     Path(folder, "metrics.jsonl").write_bytes(content)
     try:
-        guard.keep_metrics(folder, 2)
+        report.keep_metrics(folder, 2)
     except BadInput as e:
         raise one_line(e, folder) from e
     finally:
         sane(not os.path.exists(f"{folder}/metrics.jsonl.tmp"), "half a file is left")
+    if rng.random() < 0.005:
+        curves.draw_curves(folder)
 
 
 CATEGORIES = {
@@ -829,10 +859,17 @@ def on_alarm(number, frame):
     raise Hang(f"longer than {SECONDS} s")
 
 
+def alarms(busy, waiting):
+    """After so many seconds of CPU time, and so many in all (0: never)."""
+    # By CPU time, since a machine at work on other things makes anything slow.
+    signal.setitimer(signal.ITIMER_PROF, busy)
+    signal.setitimer(signal.ITIMER_REAL, waiting)
+
+
 @contextlib.contextmanager
 def limits():
     """An alarm for hangs; no more memory than an input may ask for."""
-    before = signal.signal(signal.SIGALRM, on_alarm)
+    before = {number: signal.signal(number, on_alarm) for number in (signal.SIGALRM, signal.SIGPROF)}
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (mapped + MEMORY, hard))
@@ -840,13 +877,14 @@ def limits():
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-        signal.signal(signal.SIGALRM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def outcome(world, category, seed, i):
     """"accepted" or "refused" of an input; the finding as an exception."""
     rng = random.Random(f"{category} {seed} {i}")
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    alarms(SECONDS, WAITING)
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             CATEGORIES[category](world, rng)
@@ -855,7 +893,7 @@ def outcome(world, category, seed, i):
         one_line(error)
         return "refused"
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        alarms(0, 0)
 
 
 def place_of(error):
