@@ -31,7 +31,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from checkpoint import check_adapter, prune, read_adapter, save_checkpoint
-from configs import BadInput, default_groups, load_config, write_json
+from configs import BadInput, default_groups, load_config, saving, write_json
 from console import Progress, on_error, say
 from data import Batch
 from model import Llama, Segment, step_flops
@@ -151,11 +151,12 @@ def check_evals(commands: list[str], read_command: Callable[[list[str]], Any]) -
 def save_source(folder: str, cfg: dict) -> None:
     """What made this run: config.json, and source/ with the code."""
     source = os.path.join(folder, "source")
-    os.makedirs(source, exist_ok=True)
-    for path in glob.glob(os.path.join(glob.escape(HERE), "*.py")):
-        shutil.copy(path, source)
-    shutil.copy(os.path.join(HERE, "configs", "default.py"), source)
-    write_json(cfg, os.path.join(folder, "config.json"))
+    with saving(folder):
+        os.makedirs(source, exist_ok=True)
+        for path in glob.glob(os.path.join(glob.escape(HERE), "*.py")):
+            shutil.copy(path, source)
+        shutil.copy(os.path.join(HERE, "configs", "default.py"), source)
+        write_json(cfg, os.path.join(folder, "config.json"))
 
 
 # ------------------------------------------------------------------------------------ a first look
@@ -305,12 +306,27 @@ def save(folder: str, model: Llama, optimizer: torch.optim.AdamW, state: dict,
         dist.barrier()
 
 
+def evaluate_rest(resumed: str, folder: str, step: int, commands: list[str]) -> None:
+    """The evaluations that a kill has cost the checkpoint that a run goes on from."""
+    path = os.path.join(folder, f"step_{step:06d}")
+    done = os.path.join(folder, "eval", f"step_{step:06d}", "done.json")
+    # Not of a checkpoint of another run, which is not there to be evaluated.
+    own = os.path.realpath(resumed) == os.path.realpath(path)
+    if dist.get_rank() == 0 and commands and own and not os.path.exists(done):
+        evaluate_checkpoint(folder, step, commands)
+    dist.barrier()
+
+
 def evaluate_checkpoint(folder: str, step: int, commands: list[str]) -> None:
     """A config's `evals` on a checkpoint's model, each in a process of its own."""
     name = f"step_{step:06d}"
     out = os.path.join(folder, "eval", name)
     merged = os.path.join(out, name)
-    shutil.rmtree(merged, ignore_errors=True)  # a killed run's: other weights, under the same name
+    done = os.path.join(out, "done.json")
+    # A killed run's, or one's that was begun anew: other weights, under the same name.
+    shutil.rmtree(merged, ignore_errors=True)
+    if os.path.exists(done):
+        os.remove(done)
     checkpoint = os.path.join(folder, name)
     # Another process finds no room on this GPU where PyTorch keeps what training has freed.
     torch.cuda.empty_cache()
@@ -319,6 +335,12 @@ def evaluate_checkpoint(folder: str, step: int, commands: list[str]) -> None:
             command, *words = shlex.split(text)
             run_script("-m", "evals", command, merged, *words, f"out={out}")
     shutil.rmtree(merged, ignore_errors=True)
+    try:
+        os.makedirs(out, exist_ok=True)
+        write_json({"evals": commands}, done)
+    except OSError as e:
+        say(f"warning: {done}: cannot be written ({e.strerror}): resumed here, the run would "
+            "evaluate this checkpoint again")
 
 
 def run_script(*words: str) -> bool:

@@ -34,6 +34,7 @@ from configs import (
     load_config,
     pairs_path,
     run_folder,
+    saving,
     write_json,
 )
 from console import Progress, asked_for_help, leave, on_error, print_settings_help, say
@@ -575,6 +576,8 @@ if cfg["dry_run"]:
     end_dry_run()
 if resumed:
     now = state["held_out"]
+    if cfg["save_interval"] and report.is_due(start_step, cfg["save_interval"], cfg["steps"]):
+        guard.evaluate_rest(resumed, folder, start_step, cfg["evals"])
 else:
     now = evaluate(model)
     if held_out and not math.isfinite(now["loss"]):
@@ -664,7 +667,8 @@ if rank == 0:
               "processes": world, "resumed": resumed, "skipped": sorted(skipped),
               "peak_memory": used, "seconds": seconds, "torch": torch.__version__,
               "next": report.next_commands(cfg, export, pairs_path(cfg), said)}
-    write_json(result, os.path.join(folder, "result.json"))
+    with saving(folder):
+        write_json(result, os.path.join(folder, "result.json"))
     try:
         draw_curves(folder)
     except BadInput as e:  # resumed at its last step in another folder, it has no metrics

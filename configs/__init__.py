@@ -236,8 +236,6 @@ def checked(config: dict, key: str, value: Any, where: str) -> Any:
                        f"expected {expected.__name__} like {default!r}")
     if expected in (int, float) and not 0 <= value < float("inf") and key != "delta":
         raise BadInput(f"{where}: {key} is {value!r}, expected a number that is not negative")
-    if expected is int and not -2 ** 63 <= value < 2 ** 63:
-        raise BadInput(f"{where}: {key} is {value!r}, expected a number less than 2 ** 63")
     return value
 
 
@@ -256,6 +254,9 @@ def check_settings(cfg: dict) -> None:
     for key, limit in AT_MOST.items():
         if cfg[key] > limit:
             refuse(key, cfg[key], f"at most {limit}")
+    for key, value in cfg.items():
+        if type(value) is int and abs(value) >= 2 ** 63:  # no array could count so far
+            refuse(key, value, "less than 2 ** 63")
     for key in ("beta1", "beta2"):
         if cfg[key] >= 1:
             refuse(key, cfg[key], "less than 1")
