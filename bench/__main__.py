@@ -16,7 +16,7 @@ import os
 import sys
 
 from bench import common, generate, limit, plan, step
-from configs import BadInput, exit_on_bad_input, nearest, with_arguments, write_json
+from configs import BadInput, exit_on_bad_input, nearest, saving, with_arguments, write_json
 from console import asked_for_help, print_help
 
 COMMANDS = {
@@ -74,9 +74,11 @@ def main(argv: list[str]) -> None:
             raise BadInput(f"model={options['model']!r}: no config.json there "
                            "(README, \"A real checkpoint\", makes models/smollm2)")
         table = run(options)
-    os.makedirs("out/bench", exist_ok=True)
     found = {"command": ["bench", *argv], "options": options, **common.machine(), "table": table}
-    write_json(found, f"out/bench/{name}.json")
+    path = f"out/bench/{name}.json"
+    with saving(path):
+        os.makedirs("out/bench", exist_ok=True)
+        write_json(found, path)
 
 
 def measure(task: dict) -> None:

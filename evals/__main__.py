@@ -20,7 +20,7 @@ import sys
 import time
 from types import ModuleType
 
-from configs import BadInput, exit_on_bad_input, nearest, with_arguments, write_json
+from configs import BadInput, exit_on_bad_input, nearest, saving, with_arguments, write_json
 from console import asked_for_help, print_help, print_settings_help
 
 COMMANDS = ("needle", "qa", "perplexity", "preferences")
@@ -87,9 +87,10 @@ def main(argv: list[str]) -> None:
     result = module.measure(subjects, options)
     result["seconds"] = round(time.time() - start, 1)
 
-    os.makedirs(options["out"], exist_ok=True)
     path = os.path.join(options["out"], f"{argv[0]}.json")
-    write_json({"command": ["evals", *argv], "options": options, **result}, path)
+    with saving(path):
+        os.makedirs(options["out"], exist_ok=True)
+        write_json({"command": ["evals", *argv], "options": options, **result}, path)
     print(path)
     # Pictures come last, from the result alone: whatever fails there, the hours are on disk.
     if not hasattr(module, "draw"):

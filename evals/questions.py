@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from checkpoint import all_gather
-from configs import BadInput, check_settings, load_config, run_folder, write_json
+from configs import BadInput, check_settings, load_config, run_folder, saving, write_json
 from console import Progress
 from data import chunk, prompt_around
 from generate import generate
@@ -121,7 +121,8 @@ def questions(folder: str, argv: list[str]) -> None:
         print_row(subject.name, f"area {area:.3f}")
     # Beside what a run's own evaluations wrote.
     out = os.path.join(run_folder(cfg), "eval")
-    os.makedirs(out, exist_ok=True)
     path = os.path.join(out, "questions.json")
-    write_json({"table": table, "area": area}, path)
+    with saving(path):
+        os.makedirs(out, exist_ok=True)
+        write_json({"table": table, "area": area}, path)
     print(path)

@@ -29,7 +29,7 @@ from typing import NamedTuple
 import numpy as np
 
 from checkpoint import all_gather
-from configs import BadInput, check_settings, default_groups, pairs_path
+from configs import BadInput, check_settings, default_groups, pairs_path, saving
 from console import Progress
 from data import (
     Evaluator,
@@ -634,7 +634,7 @@ def write_lines(path: str, blocks: Iterable[list[Draft]], done: set[int],
     """Append the lines of a server's blocks as they come; why those have none that failed."""
     failures = []
     in_a_row = 0
-    with open(path, "a", encoding="utf-8") as f:
+    with saving(path), open(path, "a", encoding="utf-8") as f:
         for block in blocks:
             for new in block:
                 if new.failed:

@@ -28,7 +28,7 @@ from array import array
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
-from configs import BadInput, run_file
+from configs import BadInput, run_file, saving
 from console import Progress
 from data import is_text, random_stream
 
@@ -207,7 +207,8 @@ class Corpus:
         self.bad = 0
         with Progress(f"reading {path}, bytes", bytes_of(self.files)) as progress:
             self.index_all(progress)
-        self.spool.flush()
+        with saving(f"{tempfile.gettempdir()} ($TMPDIR), for what {path} unpacks to"):
+            self.spool.flush()
         if not len(self):
             raise BadInput(f"{path}: no examples in it")
         if self.bad:
@@ -246,7 +247,9 @@ class Corpus:
                 continue
             if not in_place:
                 place = (SPOOLED, self.spool.tell(), len(raw))
-                self.spool.write(raw)
+                # Not a row that is bad: without it this would be another corpus.
+                with saving(f"{tempfile.gettempdir()} ($TMPDIR), for what {name} unpacks to"):
+                    self.spool.write(raw)
             # By the text itself: a corpus may have a row a question, in any order.
             document = number_of_document(example, numbers)
             for _ in range(self.questions if "text" in example else 1):
