@@ -4,8 +4,9 @@ In the document a table stands between two comments, and `report` writes it anew
 where a comment asks for it. NAME is a list, or several, as recipe+references:
 
     <!-- table NAME: right_1x right_8x ppl_64 -->              a row a cell
-    <!-- table NAME of CELL | CELL: right_8x ppl_64 -->        of these, in this order
     <!-- differences NAME from CELL: right_8x ppl_64 -->       a row a cell, less CELL seed by seed
+    <!-- table NAME of CELL | CELL: right_8x ppl_64 -->        these rows, in this order; so may
+                                                               differences NAME of CELL from CELL
     | ... |
     <!-- end -->
     <!-- picture NAME in experiments/answers.png: CELL | CELL -->
@@ -22,7 +23,8 @@ from experiments.picture import draw
 # little of how far their mean may be off, and the normal's 1.96 would claim too much.
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 TABLE = re.compile(
-    r"<!-- (table|differences) ([\w+]+)(?: (?:of|from) ([^:\n]+))?: ([\w ]+) -->\n"
+    r"<!-- (table|differences) ([\w+]+)(?: of ([^:\n]+?))?(?: from ([^:\n]+))?: "
+    r"([\w ]+) -->\n"
     r".*?<!-- end -->",
     re.DOTALL,
 )
@@ -72,10 +74,8 @@ def table(lines: list[dict], names: list[str], wanted: str | None = None) -> str
     A column named worst_X is the smallest X of all seeds. A cell that lacks a column has a dash.
     wanted: "CELL | CELL", the cells to show and their order; None: all.
     """
-    cells = by_cell(lines)
     rows = []
-    for cell in wanted.split(" | ") if wanted else cells:
-        runs = runs_of(cells, cell)
+    for cell, runs in shown(by_cell(lines), wanted).items():
         row = [cell, str(len(runs))]
         for name in names:
             row.append(entry(runs, name))
@@ -90,7 +90,18 @@ def runs_of(cells: dict[str, list[dict]], cell: str) -> list[dict]:
     return cells[cell]
 
 
-def differences(lines: list[dict], reference: str, names: list[str]) -> str:
+def shown(cells: dict[str, list[dict]], wanted: str | None) -> dict[str, list[dict]]:
+    """The cells named "CELL | CELL", in this order; None: all."""
+    if not wanted:
+        return cells
+    found = {}
+    for cell in wanted.split(" | "):
+        found[cell] = runs_of(cells, cell)
+    return found
+
+
+def differences(lines: list[dict], reference: str, names: list[str],
+                wanted: str | None = None) -> str:
     """A Markdown table: the named columns of each other cell less the reference's, seed by seed.
 
     The cells of a seed share pairs, positions and questions, so that much of what seeds differ by
@@ -100,7 +111,7 @@ def differences(lines: list[dict], reference: str, names: list[str]) -> str:
     of_reference = {run["seed"]: run for run in runs_of(cells, reference)}
     del cells[reference]
     rows = []
-    for cell, runs in cells.items():
+    for cell, runs in shown(cells, wanted).items():
         both = [(run, of_reference[run["seed"]]) for run in runs if run["seed"] in of_reference]
         if not both:
             continue
@@ -181,12 +192,12 @@ def report(folder: str, document: str) -> None:
         text = f.read()
 
     def written(match: re.Match) -> str:
-        kind, names, chosen, wanted = match.groups()
+        kind, names, cells, reference, wanted = match.groups()
         lines = lines_of(names, folder)
         if kind == "table":
-            found = table(lines, wanted.split(), chosen)
+            found = table(lines, wanted.split(), cells)
         else:
-            found = differences(lines, chosen, wanted.split())
+            found = differences(lines, reference, wanted.split(), cells)
         head, _, _ = match.group().partition("\n")
         return f"{head}\n{found}\n<!-- end -->"
 
@@ -195,11 +206,10 @@ def report(folder: str, document: str) -> None:
         f.write(TABLE.sub(written, text))
     os.replace(document + ".tmp", document)
     for names, path, wanted in PICTURE.findall(text):
-        cells = by_cell(lines_of(names, folder))
-        shown = {}
-        for cell in wanted.split(" | "):
-            shown[cell] = right_by_length(runs_of(cells, cell))
-        draw(shown, os.path.join(os.path.dirname(document), path))
+        curves = {}
+        for cell, runs in shown(by_cell(lines_of(names, folder)), wanted).items():
+            curves[cell] = right_by_length(runs)
+        draw(curves, os.path.join(os.path.dirname(document), path))
 
 
 def right_by_length(runs: list[dict]) -> dict[int, tuple[float, float | None]]:

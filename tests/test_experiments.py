@@ -161,6 +161,10 @@ def test_differences_are_those_of_the_same_seed():
         report.differences(paired(), "z", ["right_8x"])
 
 
+def test_differences_of_some_cells():
+    assert len(report.differences(paired(), "a", ["right_8x"], "c").splitlines()) == 3
+
+
 def test_what_may_be_chance_is_not_bold():
     lines = [{"cell": cell, "seed": seed, "right_8x": value} for cell, values in {"a": (0.5, 0.5, 0.5), "b": (0.45, 0.5, 0.65)}.items()
              for seed, value in enumerate(values)]
