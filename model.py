@@ -119,6 +119,11 @@ class LlamaConfig:
             # YaRN's ramp is drawn for the window of the pre-training, which is forgotten below.
             before = self.max_position_embeddings
             self.rope.setdefault("original_max_position_embeddings", before)
+        if yarn_factor:
+            # What YaRN reaches, not what another scaling had reached. transformers 4.51 takes the
+            # factor from these two windows, whatever "factor" says.
+            original = self.rope["original_max_position_embeddings"]
+            self.max_position_embeddings = round(yarn_factor * original)
         self.max_position_embeddings = max(window, self.max_position_embeddings)
 
 

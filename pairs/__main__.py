@@ -29,6 +29,8 @@ def build(argv: list[str]) -> int:
     """Build the pairs of a config. Exit code 1 where requests failed: a script can ask again."""
     cfg = load_config(argv)
     check_settings(cfg)
+    if cfg["dry_run"]:
+        raise BadInput("dry_run=True is train_logo.py's: it shows the pairs' first prompt as well")
     # PyTorch takes seconds: only now, when the words are known to be right.
     import torch
 

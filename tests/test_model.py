@@ -312,6 +312,9 @@ def test_yarn_by_a_key_is_transformers_yarn(tmp_path, kind, rope_theta):
     config.extend(1024, rope_theta, yarn_factor=4.0)
     rope = {"rope_type": "yarn", "rope_theta": rope_theta or 10000.0, "factor": 4.0, "original_max_position_embeddings": own}
     assert config.rope == rope and config.max_position_embeddings == 1024
+    again = read_config(tmp_path / "config.json")
+    again.extend(64, rope_theta, yarn_factor=4.0)  # the window that YaRN makes, shorter than 1,024 or longer than the file's
+    assert again.max_position_embeddings == 4 * own
     theirs = hf_model(rope, max_position_embeddings=1024).model.rotary_emb
     frequencies, scale = model_file.rope_frequencies(config)
     assert torch.equal(frequencies, theirs.inv_freq) and scale == theirs.attention_scaling
