@@ -51,7 +51,9 @@ def run_list(name: str, jobs: int, folder: str = RESULTS) -> int:
     def failed(wanted: dict) -> bool:
         words = [sys.executable, "-m", "experiments", "one", path, json.dumps(wanted)]
         done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
-        print(wanted["cell"], wanted["seed"], done.stderr[-2000:] or "done", flush=True)
+        # What a run that ended well has said of its progress is not worth a line.
+        said = done.stderr[-2000:] if done.returncode else "done"
+        print(wanted["cell"], wanted["seed"], said, flush=True)
         return done.returncode != 0
 
     with ThreadPool(jobs) as pool:
