@@ -41,6 +41,8 @@ AT_MOST = {
     "seed": 2 ** 32 - 1,
     # Beyond these it is a slip of the hand, which would end in a lack of memory hours later.
     "lora_r": 4096,
+    "rope_theta": 1e15,
+    "yarn_factor": 1e6,
     "draws": 2 ** 16,
     "batch_size": 2 ** 20,
     "threads": 1024,
@@ -263,6 +265,9 @@ def check_settings(cfg: dict) -> None:
     for key in ("grad_clip", "lora_alpha"):
         if not cfg[key]:  # no way to turn it off: every update, or LoRA's part of it, would be 0
             refuse(key, cfg[key], "more than 0")
+    # Frequencies are powers of 1 / rope_theta: at 1 all dimensions turn alike.
+    if 0 < cfg["rope_theta"] <= 1:
+        refuse("rope_theta", cfg["rope_theta"], "0 or more than 1")
     if 0 < cfg["yarn_factor"] < 1:
         refuse("yarn_factor", cfg["yarn_factor"], "0 or at least 1")
     if not 0 < cfg["top_p"] <= 1:
