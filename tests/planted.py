@@ -43,6 +43,7 @@ class Bug(NamedTuple):
 DATA, MODEL, LOSS, GENERATE, CHECKPOINT, TOKENIZER, PAIRS, CORPUS, ANSWERS, EVALS, TRAIN = (
     f"tests/test_{name}.py" for name in ("data", "model", "loss", "generate", "checkpoint", "tokenizer", "pairs", "corpus",
                                          "answers", "evals", "train"))
+CONSOLE, REPORT = "tests/test_console.py", "tests/test_report.py"
 BRANCHES = f"{MODEL} -k 'branches_equal_full_rows and not rope'"
 SELECTION = f"{DATA} -k 'selection or side or cap or short_document'"
 POSITIONS = f"{DATA} -k 'positions or slots or draws or chunks_have or pose'"
@@ -356,6 +357,29 @@ BUGS = [
         "    middle = p + pull / 2\n", "    middle = p\n", f"{EVALS} -k wilson"),
     Bug("preferences take the defaults for what nobody says", "evals/preferences.py",
         "    if missing:\n", "    if False:\n", f"{EVALS} -k preferences"),
+
+    # ---- what a command says
+    Bug("progress takes an earlier run's work for its own pace", "console.py",
+        "        here = self.done - self.before\n", "        here = self.done\n", f"{CONSOLE} -k how_far_it_is"),
+    Bug("every process tells its progress", "console.py",
+        '        if int(os.environ.get("RANK", "0")) == 0:\n            self.thread.start()\n', "        self.thread.start()\n",
+        f"{CONSOLE} -k only_one_process"),
+    Bug("a key's help ends with its first line", "console.py",
+        '                found[key] += " " + more.group(1)\n', "                pass\n", f"{CONSOLE} -k all_its_lines"),
+    Bug("the questions shown depend on the number of processes", "evals/questions.py",
+        "shares[i % world][i // world]", "shares[-1 - i % world][i // world]", f"{EVALS} -k share_the_questions"),
+    Bug("a slow run is silent between its intervals", "report.py",
+        "        silent = time.time() - self.said > SILENT\n", "        silent = False\n", f"{REPORT} -k silence"),
+    Bug("curves have other names than TRL's", "report.py",
+        '"nll": "nll_loss", ', "", f"{REPORT} -k names"),
+    Bug("a dry run writes", "train_logo.py",
+        'writes = rank == 0 and not cfg["dry_run"]\n', "writes = rank == 0\n", f"{TRAIN} -k dry_run_without"),
+    Bug("one loss that is no number hides twenty", "evals/curves.py",
+        "        known = last[np.isfinite(last)]\n", "        known = last\n", f"{REPORT} -k panel"),
+    Bug("the table after is the table before", "report.py",
+        "old, share_of(counts), untrained)", "old, old, untrained)", f"{REPORT} -k by_hand"),
+    Bug("another model's heads stay beside a table", "evals/heads.py",
+        "            os.remove(stale)\n", "            pass\n", f"{CONSOLE} -k heads_stays"),
 
     # ---- the plan, each without one of its items
     Bug("LoRA's gradients are planned as if reduced after each micro-batch", "bench/plan.py",
