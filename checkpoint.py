@@ -215,8 +215,8 @@ class Kind(NamedTuple):
 
 
 SIZE = Kind(lambda value: type(value) is int and 0 < value < 1 << 31, "a whole number above 0")
-# JSON as Python reads it knows NaN and Infinity.
-NUMBER = Kind(lambda value: type(value) in (int, float) and 0 < value < math.inf,
+# JSON as Python reads it knows NaN, Infinity, and whole numbers that no float holds.
+NUMBER = Kind(lambda value: type(value) in (int, float) and 0 < value < 1 << 53,
               "a finite number above 0")
 FLAG = Kind(lambda value: type(value) is bool, "true or false")
 TEXT = Kind(lambda value: isinstance(value, str) and value != "", "a text")

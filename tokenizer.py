@@ -151,7 +151,10 @@ def read_byte_level(path: Path) -> Vocabulary:
                        f"found {model.get('type')} {unusual}, normalizer {normalizer}")
     special = {}
     for token in spec.get("added_tokens") or []:  # also those with "special": false
-        special[token["content"]] = checked_id(token["id"], token["content"], path)
+        name = token["content"]
+        if not isinstance(name, str):
+            raise BadInput(f"{path}: an added token is {name!r}, expected a text")
+        special[name] = checked_id(token["id"], name, path)
     vocab = read_vocab(model["vocab"], special, path)
     bpe = ByteLevel(vocab, read_merges(model["merges"], path), split_patterns(spec, path),
                     bool(model.get("ignore_merges")), nfc=normalizer == NFC)

@@ -36,6 +36,10 @@ HEADINGS = "                                        least   median     mean     
 
 
 def print_spread(name: str, values: list[float]) -> None:
+    if not values:
+        print(f"  {name:34} none")
+        return
+    values = list(map(float, values))  # a file of somebody else may have lists in their place
     low, middle, high = np.percentile(values, [0, 50, 100])
     mean = np.mean(values)
     print(f"  {name:34} {low:8.5g} {middle:8.5g} {mean:8.5g} {high:8.5g}")
@@ -143,7 +147,7 @@ def print_pairs(pairs: list[dict]) -> None:
         for text in row["rejected"]:
             rejected_words.append(len(text.split()))
         # How far the evidence stands out from what is beside it.
-        *others, best = sorted(row["scores"])
+        *others, best = sorted(map(float, row["scores"]))
         best_scores.append(best)
         other_scores.append(np.mean(others or [0]))
     print_spread("prompt tokens, chunks only", list(map(prompt_tokens, pairs)))

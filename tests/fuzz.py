@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -886,7 +887,8 @@ def outcome(world, category, seed, i):
     rng = random.Random(f"{category} {seed} {i}")
     alarms(SECONDS, WAITING)
     try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("error", RuntimeWarning)  # numpy's, of a mean of nothing: a NaN is on its way
             CATEGORIES[category](world, rng)
         return "accepted"
     except BadInput as error:

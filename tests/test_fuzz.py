@@ -31,6 +31,7 @@ from evals import curves
 from model import IGNORE
 from pairs import convert, corpus
 from pairs.show import show
+from pairs.stats import stats
 
 ROOT = Path(__file__).parent.parent
 # 11,150 inputs; by hand more: python -m tests.fuzz CATEGORY N.
@@ -184,6 +185,28 @@ def test_a_factor_without_a_kind_of_scaling_is_refused(world, tmp_path):
     path = tmp_path / "config.json"
     path.write_text(json.dumps({**world.config, "rope_scaling": {"factor": 2.0}}))
     refused("config.json: factor is 2.0, expected a rope_type", fuzz.read_config, str(path))
+
+
+@pytest.mark.parametrize("value", [10**400, 2**64, math.inf])
+def test_a_number_that_no_float_holds_is_refused(world, tmp_path, value):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**world.config, "rope_scaling": {"rope_type": "linear", "factor": value}}))
+    refused("config.json: factor is .*, expected a finite number above 0", fuzz.read_config, str(path))
+
+
+def test_an_added_token_without_a_name_is_refused(world):
+    spec = {**world.tokenizer_files["tokenizer.json"], "added_tokens": [{"id": 549, "content": 7}]}
+    folder = world.model_folder(**{"tokenizer.json": json.dumps(spec).encode()})
+    refused("tokenizer.json: an added token is 7, expected a text", fuzz.load_tokenizer, folder)
+
+
+def test_statistics_of_nothing_are_none(world, tmp_path, capsys):
+    header, row, *_ = world.world_rows
+    path = tmp_path / "p.jsonl"
+    path.write_text("".join(json.dumps(each) + "\n" for each in (header, {**row, "rejected": []})))
+    stats([str(path)])
+    out = capsys.readouterr().out
+    assert "words of a rejected                none" in out and "nan" not in out
 
 
 def test_a_folder_whose_answers_cannot_end_is_named(world):
