@@ -49,7 +49,7 @@ def print_share(name: str, values: list[bool | None]) -> None:
     """The share of True among values that are known, which None is not."""
     known = [value for value in values if value is not None]
     if known:
-        print(f"  {name:34} {np.mean(known):8.1%} of {len(known)}")
+        print(f"  {name:34} {np.mean(list(map(float, known))):8.1%} of {len(known)}")
     else:
         print(f"  {name:34} not known")
 
