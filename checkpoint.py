@@ -38,13 +38,14 @@ from torch.distributed.tensor import DTensor
 
 from configs import BadInput, exit_on_bad_input, read_json, reading, write_json
 from console import asked_for_help, print_help
-from model import Llama, LlamaConfig, LoRALinear
+from model import Llama, LlamaConfig, LoRALinear, rope_frequencies
 from tokenizer import Tokenizer, load_tokenizer
 
 Tensors = dict[str, Tensor]
 Settings = dict[str, Any]  # what a JSON file holds
 
 SHARD_BYTES = 4 << 30  # of one file of an exported model
+MOST_LAYERS = 1024
 DTYPES = ("auto", "float32", "bfloat16")  # of a command that reads a model
 FLOATS = ("F64", "F32", "F16", "BF16")  # what safetensors calls the dtypes that a weight may have
 PEFT = "base_model.model."  # what PEFT writes before each name
@@ -271,9 +272,19 @@ def read_config(path: str) -> LlamaConfig:
         check_architecture(raw, path)
         flags = {key: checked(raw, key, FLAG, path, default=False) for key in FLAGS}
         _, always = FAMILY[raw["model_type"]]
-        return LlamaConfig(**read_sizes(raw, path), **flags, **always, rope=read_rope(raw, path),
-                           rms_norm_eps=checked(raw, "rms_norm_eps", NUMBER, path, default=1e-6),
-                           raw=raw)
+        config = LlamaConfig(
+            **read_sizes(raw, path),
+            **flags,
+            **always,
+            rope=read_rope(raw, path),
+            rms_norm_eps=checked(raw, "rms_norm_eps", NUMBER, path, default=1e-6),
+            raw=raw,
+        )
+        # What the numbers come to, each of which may be in order.
+        frequencies, scale = rope_frequencies(config)
+        if not math.isfinite(scale) or not (frequencies.isfinite() & (frequencies > 0)).all():
+            refuse(path, "rope", config.rope, "what makes finite frequencies above 0")
+        return config
 
 
 def check_architecture(raw: Settings, path: str) -> None:
@@ -311,6 +322,8 @@ def read_sizes(raw: Settings, path: str) -> dict[str, int]:
                 "num_attention_heads"):
         sizes[key] = checked(raw, key, SIZE, path)
 
+    if sizes["num_hidden_layers"] > MOST_LAYERS:  # a slip of the hand that takes hours to build
+        refuse(path, "num_hidden_layers", sizes["num_hidden_layers"], f"at most {MOST_LAYERS}")
     width = sizes["hidden_size"]
     heads = sizes["num_attention_heads"]
     if raw.get("head_dim") is None and width % heads:

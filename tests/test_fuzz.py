@@ -194,6 +194,16 @@ def test_a_number_that_no_float_holds_is_refused(world, tmp_path, value):
     refused("config.json: factor is .*, expected a finite number above 0", fuzz.read_config, str(path))
 
 
+@pytest.mark.parametrize("change, said", [
+    ({"rope_scaling": {"rope_type": "linear", "factor": 1e-320}}, "rope is .*expected what makes finite frequencies"),
+    ({"rope_scaling": {"rope_type": "yarn", "factor": 1e-320}}, "rope is .*expected what makes finite frequencies"),
+    ({"num_hidden_layers": 2**31 - 1}, "num_hidden_layers is 2147483647, expected at most 1024")])
+def test_a_model_that_would_say_nothing_or_take_for_ever_is_refused(world, tmp_path, change, said):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**world.config, **change}))
+    refused(f"config.json: {said}", fuzz.read_config, str(path))
+
+
 def test_an_added_token_without_a_name_is_refused(world):
     spec = {**world.tokenizer_files["tokenizer.json"], "added_tokens": [{"id": 549, "content": 7}]}
     folder = world.model_folder(**{"tokenizer.json": json.dumps(spec).encode()})
