@@ -129,7 +129,6 @@ def test_the_largest_that_fits():
 
 
 @pytest.mark.parametrize("args, message", [
-    ([], "expected step, limit, generate, plan, found nothing"),
     (["speed"], "found speed"),
     (["step", "promt=[1]"], "unknown key 'promt', did you mean 'prompt'?"),
     (["step", "prompt"], "expected key=value, found 'prompt'"),

@@ -291,7 +291,7 @@ def test_a_rope_that_would_turn_wrong_is_refused_by_key(tmp_path, kind, dialect,
 
 
 @pytest.mark.parametrize("given, kind", [
-    ({"type": None, "rope_type": "yarn"}, "yarn"), ({"type": "yarn"}, "yarn"), ({"rope_type": None}, "default"),
+    ({"type": None, "rope_type": "yarn"}, "yarn"), ({"type": "yarn"}, "yarn"),
     ({"type": "yarn", "rope_type": "default"}, "yarn")])
 def test_the_oldest_spelling_of_the_scaling_counts_where_it_says_something(tmp_path, given, kind):
     path = tmp_path / "config.json"
@@ -299,6 +299,15 @@ def test_the_oldest_spelling_of_the_scaling_counts_where_it_says_something(tmp_p
     edit_json(path, rope_parameters=None, rope_scaling={"factor": 8.0, "original_max_position_embeddings": None, **given})
     rope = read_config(path).rope
     assert rope == {"rope_type": kind, "factor": 8.0, "rope_theta": 10000.0}
+
+
+@pytest.mark.parametrize("given", [{}, {"rope_type": None}, {"rope_type": "default"}])
+def test_a_factor_of_no_scaling_is_refused(tmp_path, given):
+    """Some file means a longer window, and its model would be trained at the shorter one."""
+    path = tmp_path / "config.json"
+    hf_model().config.save_pretrained(tmp_path)
+    edit_json(path, rope_parameters=None, rope_scaling={"factor": 8.0, **given})
+    refused(lambda: read_config(path), str(path), "factor is 8.0", "rope_type")
 
 
 @pytest.mark.parametrize("key, value", [("attention_factor", 0), ("beta_fast", -1), ("mscale", "1"), ("beta_slow", NAN),

@@ -901,7 +901,7 @@ def test_what_is_not_asked_for_is_not_imported(imported, absent):
 
 
 @pytest.mark.parametrize("args, message", [
-    ([], "expected: python -m evals"), (["nonsense", TINY], "expected: python -m evals"), (["needle", "none"], "none"),
+    (["nonsense", TINY], "expected: python -m evals"), (["needle", "none"], "none"),
     (["questions", TINY, "configs/tiny.py", "fresh_questions=0"], "nothing to ask"),
     (["questions", TINY, "fresh_sizes=[104]"], "MODEL CONFIG"), (["questions", TINY, "configs/tiny.py", "max_new_tokens=0"], "max_new_tokens is 0")])
 def test_bad_input_ends_with_one_line(args, message):

@@ -457,7 +457,7 @@ def test_eos_comes_from_the_nearest_file(tmp_path, files, eos):
     assert ours.eos_id == eos and ours.bos_id is None
     assert ours.vocab_size == (1000 if eos == 999 else 261)
     if eos is None:
-        with pytest.raises(ValueError, match="template plain ends answers with <eos>: found no such token"):
+        with pytest.raises(ValueError, match="template plain ends answers with <eos>, found no such token"):
             ours.chat("a", "b")
     else:
         assert ours.chat("a", "b") == (ours.encode("a"), ours.encode("b"), [eos])
