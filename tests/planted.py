@@ -44,6 +44,7 @@ DATA, MODEL, LOSS, GENERATE, CHECKPOINT, TOKENIZER, PAIRS, CORPUS, ANSWERS, EVAL
     f"tests/test_{name}.py" for name in ("data", "model", "loss", "generate", "checkpoint", "tokenizer", "pairs", "corpus",
                                          "answers", "evals", "train"))
 CONSOLE, REPORT = "tests/test_console.py", "tests/test_report.py"
+FUZZ, KILLS = "tests/test_fuzz.py", "tests/test_kills.py"
 BRANCHES = f"{MODEL} -k 'branches_equal_full_rows and not rope'"
 SELECTION = f"{DATA} -k 'selection or side or cap or short_document'"
 POSITIONS = f"{DATA} -k 'positions or slots or draws or chunks_have or pose'"
@@ -322,7 +323,7 @@ BUGS = [
     Bug("what is left out is forgotten by a checkpoint", "train_logo.py",
         '    skipped.update(state["skipped"])\n', "", f"{TRAIN} -k resumed_run_leaves_out"),
     Bug("checkpoints are evaluated with older weights", "guard.py",
-        "    shutil.rmtree(merged, ignore_errors=True)  # a killed run's: other weights, under the same name\n", "",
+        "    shutil.rmtree(merged, ignore_errors=True)\n    if os.path.exists(done):\n", "    if os.path.exists(done):\n",
         f"{TRAIN} -k older_models"),
     Bug("metrics of steps that are done again stay", "report.py",
         '                if whole and json.loads(line)["step"] <= steps:\n', "                if whole:\n",
@@ -380,6 +381,27 @@ BUGS = [
         "old, share_of(counts), untrained)", "old, old, untrained)", f"{REPORT} -k by_hand"),
     Bug("another model's heads stay beside a table", "evals/heads.py",
         "            os.remove(stale)\n", "            pass\n", f"{CONSOLE} -k heads_stays"),
+
+    # ---- hostile input, kills, full disks
+    Bug("hostile: a message breaks the line", "configs/__init__.py",
+        "        line = UNPRINTABLE.sub(lambda found: repr(found.group())[1:-1], message)\n", "        line = message\n", f"{FUZZ} -k cursor"),
+    Bug("hostile: what a Python corpus yields is believed", "pairs/corpus.py",
+        "            example = example_of(row)\n", "            example = row\n", f"{FUZZ} -k yields"),
+    Bug("hostile: frequencies that are no numbers", "checkpoint.py",
+        "        if not math.isfinite(scale) or not (frequencies.isfinite() & (frequencies > 0)).all():\n", "        if False:\n",
+        f"{FUZZ} -k say_nothing"),
+    Bug("hostile: a model's number that no float holds", "checkpoint.py",
+        "(int, float) and 0 < value < 1 << 53,", "(int, float) and 0 < value,", f"{FUZZ} -k no_float"),
+    Bug("hostile: a damaged record of steps", "report.py",
+        '        with reading(path), open(path, encoding="utf-8") as f:\n', '        with open(path, encoding="utf-8") as f:\n', f"{FUZZ} -k record"),
+    Bug("hostile: half a converted file stays", "pairs/convert.py",
+        '            os.remove(out + ".tmp")\n', "            pass\n", f"{FUZZ} -k conversion_that_fails"),
+    Bug("hostile: evaluations that a kill has cost stay missing", "guard.py",
+        "commands and own and not os.path.exists(done):\n", "False:\n", f"{KILLS} -k once"),
+    Bug("hostile: a full disk leaves rows out", "pairs/corpus.py",
+        "                with saving(f\"{tempfile.gettempdir()} ($TMPDIR), for what {name} unpacks to\"):\n", "                if True:\n", f"{KILLS} -k packed"),
+    Bug("hostile: a full disk under an evaluation is a traceback", "evals/__main__.py",
+        "    with saving(path):\n", "    if True:\n", f"{KILLS} -k measurement"),
 
     # ---- the plan, each without one of its items
     Bug("LoRA's gradients are planned as if reduced after each micro-batch", "bench/plan.py",
