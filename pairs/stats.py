@@ -40,6 +40,8 @@ def print_spread(name: str, values: list[float]) -> None:
         print(f"  {name:34} none")
         return
     values = list(map(float, values))  # a file of somebody else may have lists in their place
+    if not np.isfinite(values).all():
+        raise ValueError(f"{name} has NaN or Infinity")
     low, middle, high = np.percentile(values, [0, 50, 100])
     mean = np.mean(values)
     print(f"  {name:34} {low:8.5g} {middle:8.5g} {mean:8.5g} {high:8.5g}")

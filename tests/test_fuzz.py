@@ -28,6 +28,7 @@ from configs import (
     write_json,
 )
 from evals import curves
+from evals.common import check_path
 from model import IGNORE
 from pairs import convert, corpus
 from pairs.show import show
@@ -90,6 +91,7 @@ def refused(pattern, work, *arguments):
     ("a\nb", r"a\\nb"), ("\x1b[2Jgone", r"\\x1b\[2Jgone"), ("\u202egnp.exe", r"\\u202egnp"), ("x" * 100_000, r"x \.\.\. x")])
 def test_what_a_message_quotes_cannot_break_the_line_or_move_the_cursor(found, shown):
     refused(shown, with_arguments, {"key": 3}, [f"key={found}"])
+    refused(shown, check_path, {"text": found}, "text")  # whose message has no quotes around it
     assert "\udcff" in str(BadInput("\udcff"))  # a file's name that is not UTF-8 is printed as it came
 
 
@@ -217,6 +219,9 @@ def test_statistics_of_nothing_are_none(world, tmp_path, capsys):
     stats([str(path)])
     out = capsys.readouterr().out
     assert "words of a rejected                none" in out and "nan" not in out
+    for scores in ([math.nan, 1], [math.inf, 0], [[], []], ["x", 1], [10**400, 0]):
+        path.write_text("".join(json.dumps(each) + "\n" for each in (header, {**row, "scores": scores})))
+        refused("p.jsonl: not as expected", stats, [str(path)])
 
 
 def test_a_folder_whose_answers_cannot_end_is_named(world):
