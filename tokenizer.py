@@ -454,6 +454,9 @@ class Tokenizer:
         self.vocab_size = max([vocabulary.size, *(i + 1 for i in self._names)])
         self.bos_id = end_of("bos", settings, self.special)
         self.eos_id = end_of("eos", settings, self.special)
+        for key, i in (("bos_token_id", self.bos_id), ("eos_token_id", self.eos_id)):
+            if i is not None and i >= self.vocab_size:
+                raise BadInput(f"{folder}: {key} is {i}, its tokenizer has {self.vocab_size} ids")
 
         if template == "auto":
             template = find_template(folder, settings, self.special)

@@ -206,6 +206,11 @@ def test_a_model_that_would_say_nothing_or_take_for_ever_is_refused(world, tmp_p
     refused(f"config.json: {said}", fuzz.read_config, str(path))
 
 
+def test_an_end_of_text_that_is_no_token_is_refused(world):
+    folder = world.model_folder(**{"tokenizer_config.json": b'{"eos_token_id": [4294967296]}'})
+    refused(f"^{folder}: eos_token_id is 4294967296, its tokenizer has 551 ids", fuzz.load_tokenizer, folder)
+
+
 def test_an_added_token_without_a_name_is_refused(world):
     spec = {**world.tokenizer_files["tokenizer.json"], "added_tokens": [{"id": 549, "content": 7}]}
     folder = world.model_folder(**{"tokenizer.json": json.dumps(spec).encode()})
