@@ -9,6 +9,7 @@ formats. Control tokens come from the templates below, and BOS only from there: 
 """
 import base64
 import hashlib
+import os
 import re
 import unicodedata
 from collections.abc import Callable
@@ -417,9 +418,10 @@ def load_tokenizer(folder: str | Path, template: str = "auto") -> "Tokenizer":
     folder = Path(folder)
     path = folder / "tokenizer.model"
     read = read_byte_level
-    if not path.is_file():
+    # os.path's, to which a name that is too long is one that is not there.
+    if not os.path.isfile(path):
         path = folder / "tokenizer.json"
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise BadInput(f"{folder}: found no tokenizer, "
                            "expected tokenizer.model or tokenizer.json")
     with reading(path):

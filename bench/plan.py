@@ -422,6 +422,8 @@ def check(options: dict) -> None:
         for value in options[key]:
             if type(value) not in (int, float) or not 0 < value < 1 << 40:
                 refuse(key, options[key], "a list of numbers above 0")
+        if len(set(options[key])) < len(options[key]):
+            refuse(key, options[key], "a list of different numbers")
 
 
 def run(options: dict, config: list[str]) -> list[dict]:

@@ -128,7 +128,7 @@ def test_a_picture_of_steps_without_end_is_none(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("word", ["gpus=0", "answer=0", "samples=10**400", f"samples={2**62}", "memory=[0]", "memory=['x']", "memory=[[1]]",
-                                  "utilisation=[-1]", "utilisation=[True]", "dtype=float3", "utilisation=[1e400]"])
+                                  "utilisation=[-1]", "utilisation=[True]", "dtype=float3", "utilisation=[1e400]", "memory=[1, 1]"])
 def test_a_plan_of_nonsense_is_refused(word):
     own, config = fuzz.split_words(plan.OPTIONS, [str(ROOT / "configs" / "tiny.py"), f"model={fuzz.TINY}", word])
     refused(word.partition("=")[0], lambda: plan.run(with_arguments(plan.OPTIONS, own), config))
@@ -141,7 +141,7 @@ def test_an_id_to_show_is_a_number(number):
 
 @pytest.mark.parametrize("key, value, said", [
     ("template", ["auto"], "line 1: template is .*expected str"), ("model", 3, "line 1: model is 3"), ("template", "nothing", "line 1: unknown template"),
-    ("model", "nowhere", "line 1: nowhere: found no tokenizer")])
+    ("model", "nowhere", "line 1: nowhere: found no tokenizer"), ("model", "x" * 100_000, "line 1: xxx")])
 def test_settings_of_a_pairs_file_are_checked_before_they_are_used(world, tmp_path, key, value, said):
     header, *rows = world.world_rows
     header = {"settings": {**header["settings"], key: value}}
