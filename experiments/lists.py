@@ -166,6 +166,18 @@ POSITIONED = {
     "SFT, unshifted": {**RECIPE, **SFT, "variant": "bug_unshifted"},
 }
 
+# A real model. Pairs take half an hour: all seeds have those of one, and the same questions.
+REAL_MODEL = {"world": "smollm2", "built": {"seed": 0, "n_rejected": 2}}
+ATTENTION = {"lora_r": 16, "lora_alpha": 32, "lr": 1e-3}
+SMOLLM2 = {
+    "the base": {**REAL_MODEL, "steps": 0},
+    "LOGO": REAL_MODEL,
+    "SFT on the answer": {**REAL_MODEL, "beta": 0.0, "sft_weight": 1.0},
+    "SimPO (M = 1)": {**REAL_MODEL, "n_rejected": 1},
+    "LOGO, LoRA": {**REAL_MODEL, **ATTENTION},
+    "SFT on the answer, LoRA": {**REAL_MODEL, "beta": 0.0, "sft_weight": 1.0, **ATTENTION},
+}
+
 SEEDS = [1, 2, 3, 4, 5]
 LISTS = {
     "references": (REFERENCES, SEEDS),
@@ -186,4 +198,5 @@ LISTS = {
     "rounds": (ROUNDS, SEEDS),
     "length": (LENGTH, SEEDS),
     "positioned": (POSITIONED, SEEDS),
+    "smollm2": (SMOLLM2, [1, 2]),
 }

@@ -16,24 +16,31 @@ import torch
 from checkpoint import sha256
 from configs import BadInput, default_groups, load_config, read_json, write_json
 from experiments.measure import measure
+from experiments.measure_smollm2 import measure_smollm2
 from experiments.remade import BUILT_FOR_KINDS, count_own, remake
 from experiments.remade import KEYS as REMADE_KEYS
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 WORK = os.path.join(ROOT, "out", "experiments")  # pairs, models and logs: not in the repository
-BASE = os.path.join(ROOT, "experiments", "base.py")
+# What the runs of a world share, and how their models are measured.
+BASES = {
+    "tiny": os.path.join(ROOT, "experiments", "base.py"),
+    "smollm2": os.path.join(ROOT, "experiments", "base_smollm2.py"),
+}
+MEASURES = {"tiny": measure, "smollm2": measure_smollm2}
 # Of a difference, beside the keys of configs/default.py.
-OWN_KEYS = ("rope_scaling", "variant", "rounds", "policy", *REMADE_KEYS)
+OWN_KEYS = ("world", "rope_scaling", "variant", "rounds", "policy", *REMADE_KEYS)
 # What own wrong answers depend on, beside the pairs.
 PLACED_BY = ("window", "positions", "sparse_share", "draws", "rope_theta", "yarn_factor",
              "held_out")
 
 
 def run(difference: dict, seed: int) -> dict:
-    """Train at a difference from base.py and measure: {column: value}. RuntimeError if it failed.
+    """Train at a difference from a base and measure: {column: value}. RuntimeError if it failed.
 
     A difference has keys of configs/default.py, those of remade.py, and of the runner's own:
 
+        world: NAME           whose base file it differs from: tiny, if it does not say, or smollm2
         steps: 0              measure without training
         rope_scaling: {...}   of the model's config.json
         variant: NAME         one of variants.py in the trainer's place
@@ -55,7 +62,9 @@ def run(difference: dict, seed: int) -> dict:
             raise BadInput("yarn_factor with steps=0, expected rope_scaling")
         model_folder = with_rope(cfg["model"], theta)
     start = time.time()
-    line.update(measure(model_folder, cfg))
+    # Where all seeds have the pairs of one, its questions are those that no pair has seen.
+    cfg.update(difference.get("built", {}))
+    line.update(MEASURES[world_of(difference)](model_folder, cfg))
     line["seconds"]["measure"] = round(time.time() - start, 1)
     line["cpu_seconds"] = cpu_seconds()
     line["machine"] = {
@@ -71,13 +80,18 @@ def run(difference: dict, seed: int) -> dict:
     return line
 
 
+def world_of(difference: dict) -> str:
+    """Which of BASES a difference is from."""
+    return difference.get("world", "tiny")
+
+
 def settings(difference: dict, seed: int) -> dict:
     """The whole config of a run."""
     words = [f"seed={seed}"]
     for key, value in difference.items():
         if key not in OWN_KEYS:
             words.append(f"{key}={value}")
-    cfg = load_config([BASE, *words])
+    cfg = load_config([BASES[world_of(difference)], *words])
     cfg["model"] = os.path.join(ROOT, cfg["model"])
     cfg["examples"] = os.path.join(ROOT, cfg["examples"])
     if "rope_scaling" in difference:
@@ -130,7 +144,8 @@ class locked:
 
 def command(words: list[str], cfg: dict, log: str) -> None:
     """A command of the repository with every setting spelled out, its output in a log."""
-    line = [sys.executable, *words, BASE]
+    # A config file has to be named. It leaves nothing to say: all of its keys follow.
+    line = [sys.executable, *words, BASES["tiny"]]
     for group in default_groups().values():
         for key in group:
             line.append(f"{key}={cfg[key]}")
@@ -161,7 +176,7 @@ def shared_pairs(cfg: dict, seconds: dict) -> str:
 
 def pairs_of(cfg: dict, difference: dict, seed: int, seconds: dict) -> str:
     """The pairs' file of a run: a shared one, or one made of it."""
-    built = dict(cfg)
+    built = {**cfg, **difference.get("built", {})}
     if "kinds" in difference:
         built.update(BUILT_FOR_KINDS)
     if "policy" in difference:

@@ -14,8 +14,10 @@ from data import check_fit, read_header
 from experiments import report
 from experiments.lists import LISTS
 from experiments.measure import TIMES, invents, right, share, states
+from experiments.measure_smollm2 import ASKED, names_what_is_not_there
 from experiments.picture import draw
-from experiments.run import OWN_KEYS, ROOT, aligned, run, settings, train, with_rope
+from experiments.remade import remake
+from experiments.run import OWN_KEYS, ROOT, aligned, run, settings, train, with_rope, world_of
 from experiments.variants import VARIANTS
 from experiments.worlds import alike, gone
 from tokenizer import load_tokenizer
@@ -97,8 +99,10 @@ def test_every_cell_is_a_valid_config(name, monkeypatch):
         check_settings({**cfg, "steps": cfg["steps"] or 1})  # 0: measured without training
         if difference.get("whole"):
             cfg["n_chunks"] = -(-cfg["context_size"] // cfg["chunk_size"])
-        check_fit(cfg, load_tokenizer(cfg["model"]))
-        assert difference.get("variant", "sft_all") in VARIANTS and set(cfg["fresh_sizes"]) <= set(TIMES)
+        if world_of(difference) == "tiny":  # the repository has no other model
+            check_fit(cfg, load_tokenizer(cfg["model"]))
+        known = TIMES if world_of(difference) == "tiny" else ASKED
+        assert difference.get("variant", "sft_all") in VARIANTS and set(cfg["fresh_sizes"]) <= set(known)
         assert cfg["seed"] == 3
         for key, value in difference.items():
             assert key in OWN_KEYS or cfg[key] == value
@@ -377,3 +381,32 @@ def test_a_model_that_a_kill_left_half_made_is_made_anew(tmp_path, monkeypatch):
     assert with_rope(tiny, {"rope_theta": 2e4}) == made and not os.path.exists(made + ".new")
     with open(os.path.join(made, "config.json")) as f:
         assert json.load(f)["rope_theta"] == 2e4
+
+
+@pytest.mark.parametrize("answer, invented", [
+    ("The Nobel Prize was first awarded in 1901.", False),
+    ("The Nobel Prize was first awarded in 1902.", True),         # a number of its own
+    ("It went to Sully Prudhomme.", False),
+    ("It went to Alfred Sully.", True),                           # a name of its own
+    ("Prudhomme's prize, the Nobel-Prize", False),                # possessives, hyphens
+    ("Nobody knows. Perhaps nobody will.", False),                # capitals that begin a sentence
+    ("", False),
+])
+def test_what_stands_in_no_passage_is_invented(answer, invented):
+    example = {"context": "In 1901 the Nobel Prize went to Sully Prudhomme.", "question": "who got it first"}
+    assert names_what_is_not_there(example, answer) == invented
+
+
+def test_pairs_of_another_seed_and_with_fewer_rejected_answers(tmp_path):
+    """What `built` makes of a file: header of the run, the first M rejected answers, held-out ones too."""
+    cfg = settings({"n_rejected": 1, "held_out": 1}, 7)
+    rows = [{"settings": {"seed": 0, "n_rejected": 2}},
+            {"id": 0, "chosen": "a", "rejected": ["b", "c"]},
+            {"id": 1, "dropped": "chosen wrong"},
+            {"id": 2, "chosen": "d", "rejected": ["e", "f"]}]
+    source, target = tmp_path / "source.jsonl", tmp_path / "target.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    remake(str(source), str(target), cfg, {"built": {"seed": 0, "n_rejected": 2}})
+    header, *made = [json.loads(row) for row in target.read_text().splitlines()]
+    assert header["settings"] == {"seed": 7, "n_rejected": 1}
+    assert [row.get("rejected") for row in made] == [["b"], None, ["e"]]

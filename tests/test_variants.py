@@ -17,14 +17,14 @@ from checkpoint import load_pretrained
 from configs import BadInput, load_config
 from data import IRRELEVANT, NEAR, Placing, collate, encode_group, load_pairs, random_stream
 from experiments import remade, variants
-from experiments.run import BASE, ROOT
+from experiments.run import BASES, ROOT
 from experiments.variants import VARIANTS
 from loss import logo_loss
 from model import IGNORE, Llama, LoRALinear
 from tokenizer import load_tokenizer
 
 TINY = os.path.join(ROOT, "models", "tiny")
-CFG = {**load_config([BASE]), "model": TINY, "rope_theta": 0.0, "beta": 1.0, "seed": 5}
+CFG = {**load_config([BASES["tiny"]]), "model": TINY, "rope_theta": 0.0, "beta": 1.0, "seed": 5}
 TOKENIZER = load_tokenizer(TINY)
 CHUNKS = [" Rosa paints in Naples. Ida sings in", " Turin. The old lamp leans today.", " Hugo bakes in Oslo."]
 PAIR = {"id": 3, "question": "Who is Rosa?", "chunks": [np.array(TOKENIZER.encode(text)) for text in CHUNKS],
