@@ -152,9 +152,7 @@ def read_byte_level(path: Path) -> Vocabulary:
                        f"found {model.get('type')} {unusual}, normalizer {normalizer}")
     special = {}
     for token in spec.get("added_tokens") or []:  # also those with "special": false
-        name = token["content"]
-        if not isinstance(name, str):
-            raise BadInput(f"{path}: an added token is {name!r}, expected a text")
+        name = checked_name(token["content"], "an added token", path)
         special[name] = checked_id(token["id"], name, path)
     vocab = read_vocab(model["vocab"], special, path)
     bpe = ByteLevel(vocab, read_merges(model["merges"], path), split_patterns(spec, path),
@@ -166,6 +164,14 @@ def checked_id(value: Any, name: str, path: Path) -> int:
     # An id of null would not fail anywhere: its word would vanish from every text.
     if type(value) is not int or value < 0:
         raise BadInput(f"{path}: the id of {name!r} is {value!r}, expected a whole number")
+    return value
+
+
+def checked_name(value: Any, what: str, path: Path) -> str:
+    """The name of a control token: a text that a chat template can be written with."""
+    # JSON can spell halves of characters, which UTF-8 has not.
+    if not isinstance(value, str) or value != value.encode("utf-8", "ignore").decode():
+        raise BadInput(f"{path}: {what} is {value!r}, expected a text")
     return value
 
 
@@ -368,13 +374,13 @@ def read_settings(folder: Path) -> dict[str, Any]:
 def check_settings(found: dict[str, Any], path: Path) -> None:
     """BadInput for a name or an id of BOS or EOS, or a list of added tokens, that is none."""
     for i, token in (found.get("added_tokens_decoder") or {}).items():
-        if not isinstance(token["content"], str):
-            raise BadInput(f"{path}: added token {i} is {token['content']!r}, expected a text")
-        checked_id(int(i), token["content"], path)
+        checked_id(int(i), checked_name(token["content"], f"added token {i}", path), path)
     for key in ("bos_token", "eos_token"):
         name = found.get(key)
-        if not isinstance(name["content"] if isinstance(name, dict) else name, str | None):
-            raise BadInput(f"{path}: {key} is {name!r}, expected a text")
+        if isinstance(name, dict):
+            name = name["content"]
+        if name is not None:
+            checked_name(name, key, path)
     for key in ("bos_token_id", "eos_token_id"):
         ids = found.get(key)
         if ids == []:

@@ -211,10 +211,13 @@ def test_an_end_of_text_that_is_no_token_is_refused(world):
     refused(f"^{folder}: eos_token_id is 4294967296, its tokenizer has 551 ids", fuzz.load_tokenizer, folder)
 
 
-def test_an_added_token_without_a_name_is_refused(world):
-    spec = {**world.tokenizer_files["tokenizer.json"], "added_tokens": [{"id": 549, "content": 7}]}
+@pytest.mark.parametrize("name, shown", [(7, "7"), ("<\ud800>", r"'<\\ud800>'")])
+def test_an_added_token_without_a_name_is_refused(world, name, shown):
+    spec = {**world.tokenizer_files["tokenizer.json"], "added_tokens": [{"id": 549, "content": name}]}
     folder = world.model_folder(**{"tokenizer.json": json.dumps(spec).encode()})
-    refused("tokenizer.json: an added token is 7, expected a text", fuzz.load_tokenizer, folder)
+    refused(f"tokenizer.json: an added token is {shown}, expected a text", fuzz.load_tokenizer, folder)
+    folder = world.model_folder(**{"tokenizer_config.json": json.dumps({"bos_token": name}).encode()})
+    refused(f"tokenizer_config.json: bos_token is {shown}, expected a text", fuzz.load_tokenizer, folder)
 
 
 def test_statistics_of_nothing_are_none(world, tmp_path, capsys):
