@@ -37,7 +37,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from configs import BadInput, exit_on_bad_input, read_json, reading, write_json
-from console import asked_for_help, print_help
+from console import asked_for_help, print_help, say
 from model import Llama, LlamaConfig, LoRALinear, rope_frequencies
 from tokenizer import Tokenizer, load_tokenizer
 
@@ -1053,7 +1053,7 @@ def warn_on_failure(function: Callable, path: str, *more) -> None:
     try:
         function(path, *more)
     except OSError as e:
-        print(f"warning: {path}: cannot be removed ({e.strerror or e})", flush=True)
+        say(f"warning: {path}: cannot be removed ({e.strerror or e})")
 
 
 def best_checkpoint(folders: list[str]) -> str | None:

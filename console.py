@@ -15,6 +15,8 @@ import textwrap
 import threading
 import time
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 from configs import (
     HERE,
@@ -31,9 +33,22 @@ SILENT = 10.0                                    # seconds that work may take wi
 
 
 def say(text: str) -> None:
-    """Print a line, once for all processes."""
+    """Print a line, once for all processes. One that nothing takes is not worth the end of a run.
+    """
     if int(os.environ.get("RANK", "0")) == 0:
-        print(text, flush=True)
+        with still_at_work():
+            print(text, flush=True)
+
+
+@contextmanager
+def still_at_work() -> Iterator[None]:
+    """What is printed here may find a log's disk full, or its terminal or reader gone."""
+    try:
+        yield
+    except OSError as e:
+        # Standard error may lie elsewhere. Where it does not, nobody is left to be told.
+        with suppress(OSError):
+            print(f"warning: output cannot be written ({e.strerror})", file=sys.stderr, flush=True)
 
 
 def clock(seconds: float) -> str:
@@ -178,8 +193,9 @@ def leave(code: int) -> None:
     gloo's threads outlive destroy_process_group, and one that lets go of a tensor while Python is
     being taken down aborts the process (PyTorch issue 190489).
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with still_at_work():
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(code)
 
 

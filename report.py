@@ -13,6 +13,7 @@ import shlex
 import time
 from collections import deque
 from collections.abc import Iterator
+from contextlib import suppress
 
 from configs import BadInput, reading, saving
 from console import SILENT, clock, say
@@ -33,8 +34,10 @@ def append_metrics(folder: str, metrics: dict) -> None:
         with open(path, "a", encoding="utf-8") as f:
             f.write(json.dumps(metrics) + "\n")
     except OSError as e:
-        os.truncate(path, size)
         say(f"warning: {path}: step {metrics['step']} is not in it ({e.strerror})")
+        # A disk that has gone, or lets itself be read alone, refuses this as well.
+        with suppress(OSError):
+            os.truncate(path, size)
 
 
 def keep_metrics(folder: str, steps: int) -> None:

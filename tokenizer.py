@@ -77,6 +77,14 @@ TEMPLATES = {
                              tail=CHATML.tail + "<think>\n\n</think>\n\n"),
     "qwen2": CHATML._replace(marker=QWEN2 + "<|im_end|>", default_system=QWEN2),
     "chatml": CHATML,
+    # Since Mistral-7B-v0.3 the brackets are tokens, and no space stands beside them.
+    "mistral3": Template(
+        marker="<|inst|>",
+        begin="<bos><|inst|>",
+        system="{text}\n\n",
+        user="{text}",
+        tail="{text}<|end_inst|>",
+        stops="<eos>"),
     "llama2": Template(
         marker="<<SYS>>",
         begin="<bos>[INST] ",
@@ -103,6 +111,8 @@ TEMPLATES = {
 # line may be spelled \\n.
 ALWAYS_THINKS = re.compile(r"(?:<\|im_start\|>assistant(?:\n|\\n)|<｜Assistant｜>)<think>"
                            r"(?!(?:\n|\\n){2}</think>)")
+# Control tokens whose names are text in other templates, as a template calls them.
+OTHER_NAMES = {"<|inst|>": "[INST]", "<|end_inst|>": "[/INST]"}
 CONTROL = re.compile(r"(<\|\w+\|>|</?think>|<bos>|<eos>)")
 
 
@@ -147,6 +157,8 @@ def read_byte_level(path: Path) -> Vocabulary:
         if model.get(key):
             unusual[key] = model[key]
     normalizer = spec.get("normalizer")
+    if normalizer == {"type": "Sequence", "normalizers": []}:  # DeepSeek's way of saying none
+        normalizer = None
     if model.get("type") != "BPE" or unusual or normalizer not in (None, NFC):
         raise BadInput(f"{path}: expected byte-level BPE without normalizer, or with NFC, "
                        f"found {model.get('type')} {unusual}, normalizer {normalizer}")
@@ -459,6 +471,9 @@ class Tokenizer:
         for i, token in (settings.get("added_tokens_decoder") or {}).items():
             self.special[token["content"]] = int(i)
         self._names = {i: name for name, i in self.special.items()}
+        for other, name in OTHER_NAMES.items():
+            if name in self.special:
+                self.special[other] = self.special[name]
         self.vocab_size = max([vocabulary.size, *(i + 1 for i in self._names)])
         self.bos_id = end_of("bos", settings, self.special)
         self.eos_id = end_of("eos", settings, self.special)
@@ -545,8 +560,11 @@ class Tokenizer:
             content + stop,
             "{% endif %}{% endfor %}",
         ]
+        text = "".join(parts)
+        for other, name in OTHER_NAMES.items():
+            text = text.replace(other, name)
         bos = "" if self.bos_id is None else self._names[self.bos_id]
-        return "".join(parts).replace("<bos>", bos)
+        return text.replace("<bos>", bos)
 
     def _fill(self, forms: list[tuple[str, str]]) -> list[int]:
         """(format, text) pairs -> ids. Control tokens come out before text goes in: it has none."""

@@ -575,7 +575,7 @@ if cfg["dry_run"]:
     report.show_group(load_batch(step_samples(len(train), cfg, start_step)[:1], train), tokenizer)
     end_dry_run()
 if resumed:
-    now = state["held_out"]
+    now = state["held_out"] or {}  # none where nothing is held out, or none was due
     if cfg["save_interval"] and report.is_due(start_step, cfg["save_interval"], cfg["steps"]):
         guard.evaluate_rest(resumed, folder, start_step, cfg["evals"])
 else:

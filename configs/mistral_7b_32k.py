@@ -8,7 +8,6 @@ Needs sentencepiece. Not run with this code yet.
 """
 config = dict(
     model="models/Mistral-7B-Instruct-v0.2",
-    template="mistral",
     window=32768,
     beta=2.5,
     gamma=0.25,

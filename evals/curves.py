@@ -9,6 +9,7 @@ import os
 import numpy as np
 
 from configs import BadInput
+from console import say
 from data import read_lines
 from evals.pictures import BLUE_ORANGE, save_panels
 
@@ -52,9 +53,9 @@ def draw_curves(folder: str) -> None:
     try:
         save_panels("curves", {"out": folder}, titles, 4.2, paint, rows=2)
     except ImportError:
-        print("no picture of the run: pip install matplotlib, python -m evals curves", folder)
+        say(f"no picture of the run: pip install matplotlib, python -m evals curves {folder}")
     except (OSError, ValueError, OverflowError) as e:
-        print(f"no picture of the run: {e}")
+        say(f"no picture of the run: {e}")
 
 
 def paint_key(axis, steps: list[dict], key: str, colour: str) -> None:

@@ -4,6 +4,8 @@ from collections.abc import Callable
 
 import numpy as np
 
+from console import say
+
 SEQUENTIAL = "viridis"                          # as light as it is large, also in grey
 BLUE_ORANGE = ("#0072b2", "#ffffff", "#e69f00")  # told apart whatever colours one sees
 
@@ -30,7 +32,7 @@ def save_panels(name: str, options: dict, titles: list[str], width: float,
         figure.savefig(path, dpi=100)
     finally:
         pyplot.close(figure)
-    print(path)
+    say(path)
 
 
 def heat_map(axis, grid: np.ndarray, low: float, high: float, form: str = "",

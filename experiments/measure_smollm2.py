@@ -78,7 +78,9 @@ def names_what_is_not_there(example: dict, answer: str) -> bool:
     A name is a word with a capital inside a sentence. What is invented in other words is not seen,
     and a name that the model has right from its pre-training counts as well.
     """
-    told = set(words(f"{example['context']} {example['question']}"))
+    context = example["context"]
+    passages = [context] if isinstance(context, str) else context
+    told = set(words("\n".join([*passages, example["question"]])))
     for sentence in re.split(r"(?<=[.!?])\s+", answer):
         # The first word has a capital whatever it is.
         for i, word in enumerate(WORD.findall(sentence)):

@@ -395,6 +395,9 @@ def test_a_model_that_a_kill_left_half_made_is_made_anew(tmp_path, monkeypatch):
 def test_what_stands_in_no_passage_is_invented(answer, invented):
     example = {"context": "In 1901 the Nobel Prize went to Sully Prudhomme.", "question": "who got it first"}
     assert names_what_is_not_there(example, answer) == invented
+    # As a corpus of passages gives it: a title, a line break, a text.
+    example["context"] = ["In 1901 the\nNobel", "Prize went to Sully\nPrudhomme."]
+    assert names_what_is_not_there(example, answer) == invented
 
 
 def test_pairs_of_another_seed_and_with_fewer_rejected_answers(tmp_path):

@@ -18,7 +18,7 @@ from generate import generate
 from loss import logo_loss
 from pairs import convert, corpus
 from pairs.build import build_pairs
-from tokenizer import CONTROL, TEMPLATES, load_tokenizer
+from tokenizer import CONTROL, OTHER_NAMES, TEMPLATES, load_tokenizer
 
 ROOT = Path(__file__).parent.parent
 TINY = str(ROOT / "models" / "tiny")
@@ -148,7 +148,7 @@ def bytes_folder(folder, template, **generation):
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     names = set(CONTROL.findall("".join(part or "" for part in TEMPLATES[template]))) - {"<bos>", "<eos>"}
-    tokenizer.add_special_tokens(["<|start|>", "<|stop|>", *sorted(names)])
+    tokenizer.add_special_tokens(["<|start|>", "<|stop|>", *sorted(OTHER_NAMES.get(name, name) for name in names)])
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|start|>", eos_token="<|stop|>")
     fast.save_pretrained(folder)
     torch.manual_seed(0)

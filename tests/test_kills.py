@@ -15,6 +15,7 @@ import pytest
 from test_train import LORA, arguments, command, kill, launch, run  # noqa: F401  (run is a fixture)
 
 import bench.__main__ as bench_main
+import console
 import guard
 import report
 from configs import BadInput, load_config
@@ -185,6 +186,26 @@ def test_what_a_run_says_of_itself_cannot_be_written_in_one_line(tmp_path):
     in_the_way(tmp_path / "metrics.jsonl.tmp")
     with pytest.raises(BadInput, match=f"^{tmp_path}/metrics.jsonl: cannot be written .Is a directory"):
         report.keep_metrics(str(tmp_path), 2)
+
+
+def test_a_run_outlives_the_disk_of_its_log_and_its_terminal(monkeypatch, capsys):
+    """What it prints goes nowhere; the weights are worth more."""
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr("sys.stdout", full)
+        console.say("step 1")
+        assert capsys.readouterr().err == "warning: output cannot be written (No space left on device)\n"
+        monkeypatch.setattr("sys.stderr", full)
+        console.say("step 2")
+        left = []
+        monkeypatch.setattr(os, "_exit", left.append)
+        console.leave(0)
+        assert left == [0]
+        os.dup2(os.open(os.devnull, os.O_WRONLY), full.fileno())  # or closing it would fail
+
+
+def test_a_disk_that_has_gone_costs_a_line_of_metrics_and_not_the_run(tmp_path, capsys):
+    report.append_metrics(str(tmp_path / "gone"), {"step": 3})
+    assert "metrics.jsonl: step 3 is not in it (No such file or directory)" in capsys.readouterr().out
 
 
 def test_an_evaluation_or_measurement_that_cannot_be_written_says_so_in_one_line(tmp_path, monkeypatch):

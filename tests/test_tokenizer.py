@@ -433,6 +433,28 @@ def test_sentencepiece(tmp_path):
         assert prefix[1:] == theirs.encode(opening) and suffix == theirs.encode(" Who? [/INST]")
 
 
+@pytest.mark.parametrize("brackets_are_tokens", [True, False])
+def test_mistrals_brackets_are_tokens_where_it_has_them(tmp_path, brackets_are_tokens):
+    """As mistral-common encodes a turn: <s> [INST] text [/INST], since v0.3 with [INST] as the id 3 and no space beside it."""
+    spm = pytest.importorskip("sentencepiece", reason="needs pip install sentencepiece")
+    model = io.BytesIO()
+    spm.SentencePieceTrainer.train(sentence_iterator=iter(["the cat sat on the mat [INST] a [/INST]"] * 9), model_writer=model,
+                                   vocab_size=300, model_type="bpe", byte_fallback=True, normalization_rule_name="identity",
+                                   num_threads=1, minloglevel=2, hard_vocab_limit=False,
+                                   control_symbols=["[INST]", "[/INST]"] if brackets_are_tokens else [])
+    (tmp_path / "tokenizer.model").write_bytes(model.getvalue())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ '[INST]' }}"}))
+    ours, theirs = load_tokenizer(tmp_path), spm.SentencePieceProcessor(model_proto=model.getvalue())
+    if brackets_are_tokens:
+        assert ours.chat("the cat", "sat", "on") == ([1, 3, *theirs.encode("on\n\nthe cat")], [*theirs.encode("sat"), 4], [2])
+        assert 3 not in ours.encode("[INST]")
+        assert ours.decode([3, 4], skip_special=False) == "[INST][/INST]" and "<|" not in ours.jinja()
+    else:
+        assert ours.chat("the cat", "sat") == ([1, *theirs.encode("[INST] the cat")], theirs.encode("sat [/INST]"), [2])
+        with pytest.raises(ValueError, match="template mistral3 needs"):
+            load_tokenizer(tmp_path, "mistral3")
+
+
 def test_sentencepiece_missing_is_said(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "sentencepiece", None)
     (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>")
@@ -506,12 +528,26 @@ def test_unsupported_tokenizers_are_refused(tmp_path, change, words):
     refused(tmp_path, "tokenizer.json", *words)
 
 
-@pytest.mark.parametrize("normalizer", [{"type": "NFKC"}, {"type": "Lowercase"}, {"type": "Sequence", "normalizers": []}, "NFC"])
+@pytest.mark.parametrize("normalizer", [{"type": "NFKC"}, {"type": "Lowercase"},
+                                        {"type": "Sequence", "normalizers": [{"type": "NFKC"}]}, "NFC"])
 def test_another_normalizer_is_refused(tmp_path, normalizer):
     write_json(tmp_path)
     spec = json.loads((tmp_path / "tokenizer.json").read_text("utf-8"))
     (tmp_path / "tokenizer.json").write_text(json.dumps({**spec, "normalizer": normalizer}))
     refused(tmp_path, "or with NFC", str(normalizer))
+
+
+def test_a_sequence_of_no_normalizers_is_none(tmp_path):
+    """DeepSeek's files (llm-7b, coder-6.7b: Llamas) have one."""
+    plain, _ = write_json(tmp_path, ["ab"], ["a b"])
+    spec = json.loads((tmp_path / "tokenizer.json").read_text("utf-8"))
+    spec["normalizer"] = {"type": "Sequence", "normalizers": []}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec), "utf-8")
+    from tokenizers import Tokenizer
+    theirs = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    theirs.encode_special_tokens = True
+    for text in ("ab e\u0301 AB", *TEXTS[:5]):
+        assert load_tokenizer(tmp_path).encode(text) == plain.encode(text) == theirs.encode(text).ids
 
 
 TINY = Path(__file__).parent.parent / "models" / "tiny"

@@ -420,6 +420,16 @@ def test_a_run_resumed_at_its_end_elsewhere_asks_what_was_not_asked(run, checkpo
     assert json.loads((tmp_path / "b" / "result.json").read_text())["after"]["right_answers"]["60"][1] == 2
 
 
+def test_a_run_without_held_out_pairs_resumes_and_ends(run, tmp_path):
+    how = arguments(run, tmp_path, "save_interval=2", "held_out=0", *LORA)
+    assert launch(*how, processes=0).returncode == 0
+    for name in ("step_000004", "hf"):
+        shutil.rmtree(tmp_path / name)
+    for _ in range(2):  # from the middle, and from the end
+        done = launch(*how, "resume=auto", processes=0)
+        assert done.returncode == 0 and "Where everything lies:" in done.stdout, done.stderr
+
+
 def test_a_full_disk_costs_the_checkpoint_and_not_the_run(run, checkpointed, tmp_path):
     """A limit on the size of files stands for the disk: of step 4's checkpoint and of the export, nothing is left."""
     folder = shutil.copytree(checkpointed, tmp_path / "run")
