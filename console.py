@@ -33,8 +33,7 @@ SILENT = 10.0                                    # seconds that work may take wi
 
 
 def say(text: str) -> None:
-    """Print a line, once for all processes. One that nothing takes is not worth the end of a run.
-    """
+    """Print a line, once for all processes. Where nothing takes it, work goes on without."""
     if int(os.environ.get("RANK", "0")) == 0:
         with still_at_work():
             print(text, flush=True)

@@ -157,7 +157,7 @@ def read_byte_level(path: Path) -> Vocabulary:
         if model.get(key):
             unusual[key] = model[key]
     normalizer = spec.get("normalizer")
-    if normalizer == {"type": "Sequence", "normalizers": []}:  # DeepSeek's way of saying none
+    if normalizer == {"type": "Sequence", "normalizers": []}:  # another way of saying none
         normalizer = None
     if model.get("type") != "BPE" or unusual or normalizer not in (None, NFC):
         raise BadInput(f"{path}: expected byte-level BPE without normalizer, or with NFC, "

@@ -43,7 +43,7 @@ AT_MOST = {
     "lora_r": 4096,
     "rope_theta": 1e15,
     "yarn_factor": 1e6,
-    "n_rejected": 2 ** 16,
+    "n_rejected": 1024,
     "draws": 2 ** 16,
     "batch_size": 2 ** 20,
     "threads": 1024,

@@ -102,11 +102,13 @@ BUGS = {
 }
 
 # Which prompts the rejected answers come from: all on the pairs that have two of each kind.
+# Of each there have to be enough, whichever of them a cell then keeps.
+OF_KINDS = {**RECIPE, "built": {"n_rejected": 4, "candidates": 8}}
 KINDS = {
-    "LOGO, irrelevant only": {**RECIPE, "kinds": "irrelevant"},
-    "LOGO, partial only": {**RECIPE, "kinds": "partial"},
-    "LOGO, both": {**RECIPE, "kinds": "both"},
-    "SFT, those pairs": {**RECIPE, **SFT, "kinds": "both"},
+    "LOGO, irrelevant only": {**OF_KINDS, "kinds": "irrelevant"},
+    "LOGO, partial only": {**OF_KINDS, "kinds": "partial"},
+    "LOGO, both": {**OF_KINDS, "kinds": "both"},
+    "SFT, those pairs": {**OF_KINDS, **SFT, "kinds": "both"},
 }
 # Own wrong answers as one more; and their pairs, which are few, without them.
 NEGATIVES = {
@@ -168,14 +170,15 @@ POSITIONED = {
 
 # A real model. Pairs take half an hour: all seeds have those of one, and the same questions.
 REAL_MODEL = {"world": "smollm2", "built": {"seed": 0, "n_rejected": 2}}
-ATTENTION = {"lora_r": 16, "lora_alpha": 32, "lr": 1e-3}
+REAL_SFT = {**REAL_MODEL, "beta": 0.0, "sft_weight": 1.0}
+LORA = {"lora_r": 16, "lora_alpha": 32, "lr": 1e-3}
 SMOLLM2 = {
     "the base": {**REAL_MODEL, "steps": 0},
     "LOGO": REAL_MODEL,
-    "SFT on the answer": {**REAL_MODEL, "beta": 0.0, "sft_weight": 1.0},
+    "SFT on the answer": REAL_SFT,
     "SimPO (M = 1)": {**REAL_MODEL, "n_rejected": 1},
-    "LOGO, LoRA": {**REAL_MODEL, **ATTENTION},
-    "SFT on the answer, LoRA": {**REAL_MODEL, "beta": 0.0, "sft_weight": 1.0, **ATTENTION},
+    "LOGO, LoRA": {**REAL_MODEL, **LORA},
+    "SFT on the answer, LoRA": {**REAL_SFT, **LORA},
 }
 
 SEEDS = [1, 2, 3, 4, 5]

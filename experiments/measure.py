@@ -10,6 +10,7 @@ from evals.common import texts
 from evals.perplexity import token_losses
 from evals.questions import answered
 from experiments.worlds import alike, gone
+from model import Llama
 from pairs.answers import is_right
 from pairs.corpus import read_examples
 from tokenizer import load_tokenizer
@@ -56,11 +57,19 @@ def measure(folder: str, cfg: dict) -> dict:
             ("right_alike", alike, ALIKE_SIZE, right)):
         examples = list(questions(world, count, size, cfg["seed"]))
         found[name] = share(judge, answered(model, tokenizer, cfg, examples))
-    for length in PERPLEXITY_LENGTHS:
+    documents = [tokenizer.encode(text)[:PERPLEXITY_TOKENS] for text in texts(cfg["examples"])]
+    found.update(perplexities(model, documents, PERPLEXITY_LENGTHS))
+    return found
+
+
+def perplexities(model: Llama, documents: list[list[int]], lengths: Iterable[int]
+                 ) -> dict[str, float]:
+    """{"ppl_64": perplexity of all documents' tokens, in windows of 64}, a column a length."""
+    found = {}
+    for length in lengths:
         losses = []
         # A mean over all tokens, as token_losses gives them, then exp: not a mean of perplexities.
-        for text in texts(cfg["examples"]):
-            ids = tokenizer.encode(text)[:PERPLEXITY_TOKENS]
+        for ids in documents:
             losses.append(token_losses(model, ids, length, length // 2))
         found[f"ppl_{length}"] = round(math.exp(torch.cat(losses).mean()), 4)
     return found

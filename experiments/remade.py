@@ -2,8 +2,8 @@
 
 What a difference may ask for, in this order:
 
-    built: {key: value}    the pairs are built at these settings: all seeds may have those of one,
-                           and fewer rejected answers than are in the file are its first ones
+    built: {key: value}    the pairs are built at these settings: with those of one seed for all,
+                           or with more rejected answers, of which a run takes the first ones
     whole: True            the training prompt is the whole document, not a choice of its chunks
     kinds: NAME            rejected answers of one kind of prompt, irrelevant or partial; or both
     negatives: NAME        own: the policy's own wrong answer to the training prompt itself in place
@@ -28,8 +28,6 @@ from pairs.corpus import read_examples
 from tokenizer import Tokenizer, load_tokenizer
 
 KEYS = ("built", "whole", "kinds", "negatives", "few")
-# Of both kinds there have to be enough, whichever of them a cell then keeps.
-BUILT_FOR_KINDS = {"n_rejected": 4, "candidates": 8}
 OWN = "the training prompt"  # what an own wrong answer was given to, in a pair's "evidence"
 ROWS = 256                   # prompts that are answered together
 
@@ -45,9 +43,6 @@ def remake(source: str, target: str, cfg: dict, difference: dict) -> None:
     for key in settings:
         settings[key] = cfg.get(key, settings[key])
     pairs = still_pairs(rows)
-    if "built" in difference:
-        for row in pairs:
-            row["rejected"] = row["rejected"][:cfg["n_rejected"]]
     tokenizer = load_tokenizer(cfg["model"], cfg["template"])
     if difference.get("whole"):
         take_whole_documents(pairs, cfg, tokenizer)

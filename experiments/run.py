@@ -16,8 +16,8 @@ import torch
 from checkpoint import sha256
 from configs import BadInput, default_groups, load_config, read_json, write_json
 from experiments.measure import measure
-from experiments.measure_smollm2 import measure_smollm2
-from experiments.remade import BUILT_FOR_KINDS, count_own, remake
+from experiments.measure_smollm2 import check_smollm2, measure_smollm2
+from experiments.remade import count_own, remake
 from experiments.remade import KEYS as REMADE_KEYS
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -48,6 +48,8 @@ def run(difference: dict, seed: int) -> dict:
         policy: {difference}  the answers are those of the model that this difference makes
     """
     cfg = settings(difference, seed)
+    if world_of(difference) == "smollm2":
+        check_smollm2()
     folder = os.path.join(WORK, digest({"difference": difference, "seed": seed}))
     line = {"seconds": {}}
     if cfg["steps"]:
@@ -177,8 +179,6 @@ def shared_pairs(cfg: dict, seconds: dict) -> str:
 def pairs_of(cfg: dict, difference: dict, seed: int, seconds: dict) -> str:
     """The pairs' file of a run: a shared one, or one made of it."""
     built = {**cfg, **difference.get("built", {})}
-    if "kinds" in difference:
-        built.update(BUILT_FOR_KINDS)
     if "policy" in difference:
         built["model"] = aligned(difference["policy"], seed)
     shared = shared_pairs(built, seconds)

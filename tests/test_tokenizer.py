@@ -435,7 +435,7 @@ def test_sentencepiece(tmp_path):
 
 @pytest.mark.parametrize("brackets_are_tokens", [True, False])
 def test_mistrals_brackets_are_tokens_where_it_has_them(tmp_path, brackets_are_tokens):
-    """As mistral-common encodes a turn: <s> [INST] text [/INST], since v0.3 with [INST] as the id 3 and no space beside it."""
+    """Since v0.3 [INST] is a token, here the id 3, and no space of the template's stands beside it."""
     spm = pytest.importorskip("sentencepiece", reason="needs pip install sentencepiece")
     model = io.BytesIO()
     spm.SentencePieceTrainer.train(sentence_iterator=iter(["the cat sat on the mat [INST] a [/INST]"] * 9), model_writer=model,
@@ -538,7 +538,7 @@ def test_another_normalizer_is_refused(tmp_path, normalizer):
 
 
 def test_a_sequence_of_no_normalizers_is_none(tmp_path):
-    """DeepSeek's files (llm-7b, coder-6.7b: Llamas) have one."""
+    """It changes nothing, to us as to tokenizers."""
     plain, _ = write_json(tmp_path, ["ab"], ["a b"])
     spec = json.loads((tmp_path / "tokenizer.json").read_text("utf-8"))
     spec["normalizer"] = {"type": "Sequence", "normalizers": []}
