@@ -8,7 +8,7 @@ from configs import BadInput
 from evals import needle
 from evals.common import Subject, texts
 from evals.questions import answered
-from experiments.measure import perplexities, right, share
+from experiments.measure import Judge, perplexities, right, share
 from pairs.corpus import read_examples
 
 ESSAYS = os.path.join("data", "essays")
@@ -31,8 +31,9 @@ def measure_smollm2(folder: str, cfg: dict) -> dict:
     """Columns of a model folder: shares, perplexities.
 
     right_8p, invented_8p, ..: of questions among 8 passages and more, greedy, whose documents no
-    pair was built from. cfg["seed"] has to be that of the pairs. needle_2048 ..: of single needles
-    in essays. ppl_512 ..: of essays, in windows of so many tokens.
+    pair was built from. cfg["seed"] has to be that of the pairs. each_8p ..: question by question,
+    1 for right and 0 for wrong, so that runs can be compared on the same. needle_2048 ..: of single
+    needles in essays. ppl_512 ..: of essays, in windows of so many tokens.
     """
     torch.set_num_threads(cfg["threads"])
     subject = Subject(folder, cfg)
@@ -44,6 +45,7 @@ def measure_smollm2(folder: str, cfg: dict) -> dict:
         fewer = {**cfg, "fresh_questions": min(ASKED[size], cfg["fresh_questions"])}
         answers = list(answered(model, tokenizer, cfg, read_examples(fewer, "fresh", size)))
         found[f"right_{size}p"] = share(right, answers)
+        found[f"each_{size}p"] = each(right, answers)
         found[f"invented_{size}p"] = share(names_what_is_not_there, answers)
     long_enough = []
     for text in texts(ESSAYS):
@@ -53,6 +55,14 @@ def measure_smollm2(folder: str, cfg: dict) -> dict:
     found.update(perplexities(model, long_enough[:ESSAYS_READ], PERPLEXITY_LENGTHS))
     found.update(needles(subject))
     return found
+
+
+def each(judge: Judge, answers: list[tuple[dict, str]]) -> str:
+    """What a judge finds of every (example, answer), in their order: "0110", 1 where it is true."""
+    digits = ""
+    for example, answer in answers:
+        digits += "1" if judge(example, answer) else "0"
+    return digits
 
 
 def needles(subject: Subject) -> dict:

@@ -7,6 +7,7 @@ where a comment asks for it. NAME is a list, or several, as recipe+references:
     <!-- differences NAME from CELL: right_8x ppl_64 -->       a row a cell, less CELL seed by seed
     <!-- table NAME of CELL | CELL: right_8x ppl_64 -->        these rows, in this order; so may
                                                                differences NAME of CELL from CELL
+    <!-- questions NAME from CELL: 8p 16p -->         a row a cell, less CELL by question
     | ... |
     <!-- end -->
     <!-- picture NAME in experiments/answers.png: CELL | CELL -->
@@ -23,7 +24,7 @@ from experiments.picture import draw
 # little of how far their mean may be off, and the normal's 1.96 would claim too much.
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 TABLE = re.compile(
-    r"<!-- (table|differences) ([\w+]+)(?: of ([^:\n]+?))?(?: from ([^:\n]+))?: "
+    r"<!-- (table|differences|questions) ([\w+]+)(?: of ([^:\n]+?))?(?: from ([^:\n]+))?: "
     r"([\w ]+) -->\n"
     r".*?<!-- end -->",
     re.DOTALL,
@@ -130,11 +131,57 @@ def difference_of_two(both: list[tuple[dict, dict]], name: str) -> str:
             return "–"
         values.append(run[name] - reference[name])
     mean, half = mean_and_half(values)
-    text = f"{sign(mean)}{number(mean)}"
     if half is None:
-        return text
-    text = f"{text} ±{number(half)}"
+        return sign(mean) + number(mean)
+    return with_half(mean, half)
+
+
+def with_half(mean: float, half: float) -> str:
+    """A difference and half its interval, bold where that does not hold 0."""
+    text = f"{sign(mean)}{number(mean)} ±{number(half)}"
     return f"**{text}**" if abs(mean) > half else text
+
+
+def questions(lines: list[dict], reference: str, names: list[str],
+              wanted: str | None = None) -> str:
+    """A Markdown table: right answers of each other cell less the reference's, over questions.
+
+    For runs that are asked the same questions, of which a line has each_NAME, 1 for right. What a
+    question says is its mean over seeds, so that the interval is over questions: what others than
+    these would have moved. Bold: it does not hold 0.
+    """
+    by_name = {}
+    for line in lines:
+        runs = by_name.setdefault(line["cell"], {})
+        runs[line["seed"]] = line
+    of_reference = runs_of(by_name, reference)
+    rows = []
+    for cell, runs in shown(by_name, wanted).items():
+        seeds = [seed for seed in runs if seed in of_reference]
+        if cell == reference or not seeds:
+            continue
+        row = [cell, str(len(seeds))]
+        for name in names:
+            pairs = [(runs[seed], of_reference[seed]) for seed in seeds]
+            row.append(difference_over_questions(pairs, f"each_{name}"))
+        rows.append(row)
+    return markdown(names, rows)
+
+
+def difference_over_questions(pairs: list[tuple[dict, dict]], key: str) -> str:
+    """One entry of questions(), of (line, the reference's line) of each seed."""
+    by_seed = []
+    for line, reference in pairs:
+        if key not in line or key not in reference:
+            return "–"
+        by_question = []
+        for one, other in zip(line[key], reference[key], strict=True):
+            by_question.append(int(one) - int(other))
+        by_seed.append(by_question)
+    values = [statistics.fmean(of_seeds) for of_seeds in zip(*by_seed, strict=True)]
+    # So many questions that Student's t is the normal.
+    half = 1.96 * statistics.stdev(values) / len(values) ** 0.5
+    return with_half(statistics.fmean(values), half)
 
 
 def sign(value: float) -> str:
@@ -196,6 +243,8 @@ def report(folder: str, document: str) -> None:
         lines = lines_of(names, folder)
         if kind == "table":
             found = table(lines, wanted.split(), cells)
+        elif kind == "questions":
+            found = questions(lines, reference, wanted.split(), cells)
         else:
             found = differences(lines, reference, wanted.split(), cells)
         head, _, _ = match.group().partition("\n")

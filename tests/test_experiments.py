@@ -172,6 +172,20 @@ def test_differences_of_some_cells():
     assert len(report.differences(paired(), "a", ["right_8x"], "c").splitlines()) == 3
 
 
+def test_differences_over_questions():
+    """McNemar's: with b questions that only one has right and c that only the other has, (b - c) / n, of variance (b + c - (b - c)^2 / n) / n."""
+    one, other = "1" * 40 + "0" * 60, "1" * 20 + "0" * 75 + "1" * 5
+    lines = [{"cell": "a", "seed": 1, "each_8p": other}, {"cell": "b", "seed": 1, "each_8p": one},
+             {"cell": "c", "seed": 1}, {"cell": "d", "seed": 2, "each_8p": one}]
+    half = 1.96 * ((25 - 15**2 / 100) / 100 * 100 / 99) ** 0.5 / 10
+    assert report.questions(lines, "a", ["8p"]).splitlines()[2:] == [f"| b | 1 | **+.150 ±{report.number(half)}** |", "| c | 1 | – |"]
+    # A seed in which both have the same halves what each question says.
+    same = [{"cell": cell, "seed": 2, "each_8p": one} for cell in "ab"]
+    assert report.questions(lines[:2] + same, "a", ["8p"], "b").splitlines()[2] == f"| b | 2 | **+.075 ±{report.number(half / 2)}** |"
+    with pytest.raises(ValueError):
+        report.questions([lines[0], {**lines[1], "each_8p": one[:99]}], "a", ["8p"])
+
+
 def test_what_may_be_chance_is_not_bold():
     lines = [{"cell": cell, "seed": seed, "right_8x": value} for cell, values in {"a": (0.5, 0.5, 0.5), "b": (0.45, 0.5, 0.65)}.items()
              for seed, value in enumerate(values)]
@@ -434,9 +448,11 @@ def test_a_real_models_columns(tmp_path, monkeypatch):
     tiny = os.path.join(ROOT, "models", "tiny")
     cfg = {**settings({}, 0), "examples": str(tmp_path / "passages.jsonl"), "context_size": 2, "n_examples": 20, "fresh_sizes": [2, 3], "fresh_questions": 6}
     found = measure_smollm2(tiny, cfg)
-    assert found.keys() == {f"{name}_{size}p" for name in ("right", "invented") for size in (2, 3)} | {"ppl_32", "ppl_64", "needle_64", "needle_96"}
+    assert found.keys() == {f"{name}_{size}p" for name in ("right", "each", "invented") for size in (2, 3)} | {"ppl_32", "ppl_64", "needle_64", "needle_96"}
     subject = Subject(tiny, cfg)
     assert 0 < found["right_2p"] == count_right(subject.model, subject.tokenizer, cfg, 2).right / 6 < 1
+    assert len(found["each_2p"]) == 6 and found["each_2p"].count("1") / 6 == found["right_2p"]
+    assert found["each_3p"].count("1") / 4 == found["right_3p"] and set(found["each_2p"] + found["each_3p"]) == {"0", "1"}
     built_from = {example["question"] for example in read_examples(cfg, "train")}
     assert len(asked[0]) == 6 and asked[1] == asked[0][-4:] and not built_from & set(asked[0])
     options = {**perplexity.OPTIONS, "text": str(tmp_path / "essays" / "a.txt"), "lengths": [64], "stride": 32, "tokens": 129}
