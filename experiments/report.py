@@ -157,12 +157,11 @@ def questions(lines: list[dict], reference: str, names: list[str],
     of_reference = runs_of(by_name, reference)
     rows = []
     for cell, runs in shown(by_name, wanted).items():
-        seeds = [seed for seed in runs if seed in of_reference]
-        if cell == reference or not seeds:
+        pairs = [(runs[seed], of_reference[seed]) for seed in runs if seed in of_reference]
+        if cell == reference or not pairs:
             continue
-        row = [cell, str(len(seeds))]
+        row = [cell, str(len(pairs))]
         for name in names:
-            pairs = [(runs[seed], of_reference[seed]) for seed in seeds]
             row.append(difference_over_questions(pairs, f"each_{name}"))
         rows.append(row)
     return markdown(names, rows)
