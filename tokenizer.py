@@ -534,6 +534,18 @@ class Tokenizer:
                            f"{template.stops}, found no such token")
         return self._fill(head), self._fill([(template.tail, user_tail)]), stops
 
+    def as_answer(self, text: str, suffix: list[int]) -> str:
+        """A text as a model writes it after a prompt's suffix: " Naples" after "Answer:".
+
+        What goes on with a text begins with a space. After a control token, a line's end or a space
+        it does not, and sentencepiece adds its word mark, which is one, by itself.
+        """
+        before = self.decode(suffix[-1:])
+        if not before or before[-1].isspace():
+            return text
+        joined = self.decode(suffix[-1:] + self.encode(text))
+        return " " + text if joined == before + text.lstrip() else text
+
     def jinja(self) -> str:
         """The template as a chat template of transformers, for a folder that came without one.
 

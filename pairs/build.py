@@ -38,6 +38,7 @@ from data import (
     chunk,
     importance_scores,
     load_evaluator,
+    prompt_around,
     random_stream,
     read_header,
     read_lines,
@@ -251,7 +252,9 @@ class Writer:
             # then.
             for new in drafts:
                 if new.row["answers"]:
-                    new.row["chosen"] = new.row["answers"][0]
+                    _, suffix, _ = prompt_around(self.cfg, self.tokenizer, new.row["question"])
+                    answer = new.row["answers"][0]
+                    new.row["chosen"] = self.tokenizer.as_answer(answer, suffix)
                 else:
                     new.dropped = "no reference answer"
             return

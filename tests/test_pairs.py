@@ -117,7 +117,10 @@ def test_blocks_draw_different_answers(tmp_path):
 
 def test_the_reference_answer_may_be_the_chosen(tmp_path):
     kept = [row for row in rows(build(tmp_path / "p.jsonl", "chosen_from=reference")) if "chosen" in row]
-    assert len(kept) > 12 and all(row["chosen"] == row["answers"][0] for row in kept)
+    # After "Answer:" the model writes " Rosa paints in Naples.", and so the reference begins with a space too.
+    written = [row["chosen"] for row in rows(build(tmp_path / "q.jsonl")) if "chosen" in row]
+    assert len(kept) > 12 and all(row["chosen"] == " " + row["answers"][0] for row in kept)
+    assert len(set(written) & {row["chosen"] for row in kept}) > 12
 
 
 def lines(path, found):

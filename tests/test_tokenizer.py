@@ -404,6 +404,14 @@ def test_split_patterns_equal_tokenizers(tmp_path, parts, use_regex):
         assert ours.encode(text) == theirs(text), repr(text[:200])
 
 
+@pytest.mark.parametrize("tail, answer", [(" Who?\nAnswer:", " the cat"), (" Who?\nAnswer: ", "the cat"), (" Who?\n", "the cat"), ("", "the cat")])
+def test_an_answer_that_goes_on_with_a_text_begins_with_a_space(tail, answer):
+    ours = load_tokenizer(TINY)
+    assert ours.template == "plain"
+    _, suffix, _ = ours.chat("", tail)
+    assert ours.as_answer("the cat", suffix) == answer and ours.as_answer(" the cat", suffix) == " the cat"
+
+
 # ---- sentencepiece
 
 def test_sentencepiece(tmp_path):
@@ -431,6 +439,8 @@ def test_sentencepiece(tmp_path):
         assert prefix[0] == 1 and prefix.count(1) == 1 and stops == [2]
         opening = "[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nRead: " if name == "llama2" else "[INST] Be brief.\n\nRead: "
         assert prefix[1:] == theirs.encode(opening) and suffix == theirs.encode(" Who? [/INST]")
+        assert ours.as_answer("the cat", suffix) == "the cat"      # its word mark is the space
+        assert theirs.decode(suffix + ours.encode("the cat")) == " Who? [/INST] the cat"
 
 
 @pytest.mark.parametrize("brackets_are_tokens", [True, False])
