@@ -237,6 +237,31 @@ def test_the_published_tables_follow_from_the_lines(tmp_path, document):
     assert published(document, tmp_path) == text
 
 
+CLAIMS = [
+    # sentence, lists, cell, less cell, column, what the 95 % interval of the difference is
+    ("gives as\n[many right answers](#two-commands) as LOGO", "recipe", "LOGO", "SFT on the answer", "right_1x right_2x right_4x right_8x", "around 0"),
+    ("Without them LOGO gains nothing over the untrained model at 8 windows", "positions+references", "LOGO, none", "YaRN", "right_8x", "around 0"),
+    ("and SFT does.", "positions+references", "SFT on the answer, none", "YaRN", "right_8x", "above 0"),
+    ("there its *sampled* answers invent less than SFT's", "wins", "LOGO, unverified pairs", "SFT, unverified pairs", "invented_t1_1x invented_t1_8x", "below 0"),
+    ("while greedy ones do not", "wins", "LOGO, unverified pairs", "SFT, unverified pairs", "invented_8x", "around 0"),
+    ("Synthesized positions carry the reach.", "recipe+positions", "LOGO", "LOGO, none", "right_8x", "above 0"),
+    ("Synthesized positions carry the reach.", "recipe+positions", "SFT on the answer", "SFT on the answer, none", "right_8x", "above 0"),
+]
+
+
+@pytest.mark.parametrize("sentence, names, cell, other, columns, expected", CLAIMS)
+def test_the_first_screen_says_what_the_lines_say(sentence, names, cell, other, columns, expected):
+    with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as f:
+        assert sentence in f.read(), "a claim was rewritten: does it still follow?"
+    lines = report.lines_of(names, command.RESULTS)
+    row = report.differences(lines, other, columns.split(), cell).splitlines()[-1]
+    _, name, seeds, *entries, _ = [part.strip() for part in row.split("|")]
+    assert name == cell and int(seeds) >= 5
+    for entry in entries:
+        beside = "around 0" if "**" not in entry else "above 0" if entry.strip("*")[0] == "+" else "below 0"
+        assert beside == expected, entry
+
+
 def test_a_table_shows_the_cells_that_are_asked_for():
     lines = [{"cell": cell, "right_8x": value} for cell, value in (("x", 0.5), ("y", 0.25), ("z", 0.75))]
     rows = report.table(lines, ["right_8x"], "z | x").splitlines()[2:]
