@@ -176,6 +176,7 @@ SMOLLM2 = {
     "the base": {**REAL_MODEL, "steps": 0},
     "LOGO": REAL_MODEL,
     "SFT on the answer": REAL_SFT,
+    "SFT on the answer, lr 1e-4": {**REAL_SFT, "lr": 1e-4},
     "SimPO (M = 1)": {**REAL_MODEL, "n_rejected": 1},
     "LOGO, LoRA": {**REAL_MODEL, **LORA},
     "SFT on the answer, LoRA": {**REAL_SFT, **LORA},
