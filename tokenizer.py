@@ -431,6 +431,11 @@ def find_template(folder: Path, settings: dict[str, Any], special: dict[str, int
 
 # ------------------------------------------------------------------------------- the tokenizer
 
+def is_wide(character: str) -> bool:
+    """Whether a character is of a script that writes no spaces: Chinese, Japanese."""
+    return unicodedata.east_asian_width(character) in ("W", "F")
+
+
 def load_tokenizer(folder: str | Path, template: str = "auto") -> "Tokenizer":
     """The Tokenizer of a model folder. BadInput names the file, what was found, what expected."""
     folder = Path(folder)
@@ -537,13 +542,17 @@ class Tokenizer:
     def as_answer(self, text: str, suffix: list[int]) -> str:
         """A text as a model writes it after a prompt's suffix: " Naples" after "Answer:".
 
-        What goes on with a text begins with a space. After a control token, a line's end or a space
-        it does not, and sentencepiece adds its word mark, which is one, by itself.
+        What goes on with words begins with a space. After a control token, a line's end, a space or
+        a bracket it does not, nor where a script has none, and sentencepiece adds its word mark,
+        which is one, by itself.
         """
-        before = self.decode(suffix[-1:])
-        if not before or before[-1].isspace():
+        if not text or not suffix or suffix[-1] in self._names:
             return text
-        joined = self.decode(suffix[-1:] + self.encode(text))
+        before = self.decode(suffix)
+        after_words = before[-1:].isalnum() or before.endswith((":", ";", ",", ".", "!", "?"))
+        if not after_words or is_wide(before[-1]) or is_wide(text[0]):
+            return text
+        joined = self.decode(suffix + self.encode(text))
         return " " + text if joined == before + text.lstrip() else text
 
     def jinja(self) -> str:

@@ -47,6 +47,9 @@ def columns(line: dict) -> dict:
     for key, value in line.items():
         if isinstance(value, (int, float)):
             found[key] = value
+    # The margin is beta times how far the chosen answer leads: of SFT, 0 whatever it leads by.
+    if line.get("difference", {}).get("beta") == 0:
+        found.pop("margin", None)
     if "chosen_before" in found:
         found["chosen_drop"] = found["chosen_before"] - found["chosen_after"]
     if "peak_memory" in found:
@@ -66,6 +69,11 @@ def by_cell(lines: list[dict]) -> dict[str, list[dict]]:
             raise BadInput(f"the lines of {cell!r} are of two differences: {difference_of[cell]} "
                            f"and {difference}")
         cells.setdefault(cell, []).append(columns(line))
+    for cell, runs in cells.items():
+        seeds = [run["seed"] for run in runs if "seed" in run]
+        # Twice the same seed would narrow the interval, and nothing more would be known.
+        if len(set(seeds)) < len(seeds):
+            raise BadInput(f"two lines of {cell!r} are of one seed, expected one: {seeds}")
     return cells
 
 
@@ -148,21 +156,26 @@ def questions(lines: list[dict], reference: str, names: list[str],
 
     For runs that are asked the same questions, of which a line has each_NAME, 1 for right. What a
     question says is its mean over seeds, so that the interval is over questions: what others than
-    these would have moved. Bold: it does not hold 0.
+    these would have moved. Bold: it does not hold 0. Seeds that lack a column are left out.
     """
+    keys = [f"each_{name}" for name in names]
     by_name = {}
     for line in lines:
         runs = by_name.setdefault(line["cell"], {})
-        runs[line["seed"]] = line
+        if all(key in line for key in keys):
+            runs[line["seed"]] = line
     of_reference = runs_of(by_name, reference)
     rows = []
     for cell, runs in shown(by_name, wanted).items():
-        pairs = [(runs[seed], of_reference[seed]) for seed in runs if seed in of_reference]
+        pairs = []
+        for seed, line in runs.items():
+            if seed in of_reference:
+                pairs.append((line, of_reference[seed]))
         if cell == reference or not pairs:
             continue
         row = [cell, str(len(pairs))]
-        for name in names:
-            row.append(difference_over_questions(pairs, f"each_{name}"))
+        for key in keys:
+            row.append(difference_over_questions(pairs, key))
         rows.append(row)
     return markdown(names, rows)
 
@@ -171,16 +184,16 @@ def difference_over_questions(pairs: list[tuple[dict, dict]], key: str) -> str:
     """One entry of questions(), of (line, the reference's line) of each seed."""
     by_seed = []
     for line, reference in pairs:
-        if key not in line or key not in reference:
-            return "–"
         by_question = []
         for one, other in zip(line[key], reference[key], strict=True):
             by_question.append(int(one) - int(other))
         by_seed.append(by_question)
-    values = [statistics.fmean(of_seeds) for of_seeds in zip(*by_seed, strict=True)]
+    values = []
+    for of_question in zip(*by_seed, strict=True):
+        values.append(statistics.fmean(of_question))
     # So many questions that Student's t is the normal.
-    half = 1.96 * statistics.stdev(values) / len(values) ** 0.5
-    return with_half(statistics.fmean(values), half)
+    error = statistics.stdev(values) / len(values) ** 0.5
+    return with_half(statistics.fmean(values), 1.96 * error)
 
 
 def sign(value: float) -> str:

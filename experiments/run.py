@@ -158,7 +158,11 @@ def command(words: list[str], cfg: dict, log: str) -> None:
 
 
 def shared_pairs(cfg: dict, seconds: dict) -> str:
-    """The pairs of these settings, built by the first run that needs them."""
+    """The pairs of these settings, built by the first run that needs them.
+
+    Their name tells settings and weights, not code: where that builds others than before, the
+    folder has to be emptied.
+    """
     start = time.time()
     build = {"weights": weights(cfg["model"])}
     for key in default_groups()["build"]:

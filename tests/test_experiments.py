@@ -145,6 +145,16 @@ def test_lines_of_two_differences_are_no_cell():
         report.table(lines, ["right_8x"])
 
 
+def test_a_seed_counts_once():
+    with pytest.raises(BadInput, match="two lines of 'x' are of one seed"):
+        report.table([{"cell": "x", "seed": 3, "right_8x": 0.5}] * 2, ["right_8x"])
+
+
+def test_sft_has_no_margin():
+    lines = [{"cell": str(beta), "difference": {"beta": beta}, "seed": 1, "margin": beta * 3} for beta in (0.0, 1.0)]
+    assert report.table(lines, ["margin"]).splitlines()[2:] == ["| 0.0 | 1 | – |", "| 1.0 | 1 | 3.00 |"]
+
+
 def paired():
     """Seeds differ by .2, the cells of a seed by .04 to .06: what differences are for."""
     lines = []
@@ -178,7 +188,7 @@ def test_differences_over_questions():
     lines = [{"cell": "a", "seed": 1, "each_8p": other}, {"cell": "b", "seed": 1, "each_8p": one},
              {"cell": "c", "seed": 1}, {"cell": "d", "seed": 2, "each_8p": one}]
     half = 1.96 * ((25 - 15**2 / 100) / 100 * 100 / 99) ** 0.5 / 10
-    assert report.questions(lines, "a", ["8p"]).splitlines()[2:] == [f"| b | 1 | **+.150 ±{report.number(half)}** |", "| c | 1 | – |"]
+    assert report.questions(lines, "a", ["8p"]).splitlines()[2:] == [f"| b | 1 | **+.150 ±{report.number(half)}** |"]
     # A seed in which both have the same halves what each question says.
     same = [{"cell": cell, "seed": 2, "each_8p": one} for cell in "ab"]
     assert report.questions(lines[:2] + same, "a", ["8p"], "b").splitlines()[2] == f"| b | 2 | **+.075 ±{report.number(half / 2)}** |"
