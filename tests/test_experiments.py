@@ -279,7 +279,9 @@ def test_the_real_model_in_the_first_screen():
     cells = report.by_cell(lines)
     logo, sft, base = (f"{statistics.fmean(run['right_8p'] for run in cells[name]) + 1e-9:.2f}"[1:] for name in ("LOGO", "SFT on the answer", "the base"))
     assert f"answers {logo} of the questions among 8, where SFT on the same chosen answers has\n{sft} and the untuned model {base} (two seeds" in text
-    assert f"on SmolLM2 (two seeds) {logo} against {sft} among 8 passages, none told among 16" in text
+    faster = f"{cells['SFT on the answer, lr 1e-4'][0]['right_8p']:.2f}"[1:]
+    assert f"SFT at three times the rate has {faster} (one seed)" in text
+    assert f"on SmolLM2 (two seeds) {logo} against {sft} among 8 passages at the same rate, none told from SFT at a higher rate ({faster}, one seed), nor among 16" in text
     among_8, among_16 = report.questions(lines, "SFT on the answer", ["8p", "16p"], "LOGO").splitlines()[-1].split(" | ")[2:]
     assert among_8.startswith("**+") and not among_16.startswith("**")
 
