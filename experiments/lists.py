@@ -175,6 +175,7 @@ LORA = {"lora_r": 16, "lora_alpha": 32, "lr": 1e-3}
 SMOLLM2 = {
     "the base": {**REAL_MODEL, "steps": 0},
     "LOGO": REAL_MODEL,
+    "LOGO, lr 1e-4": {**REAL_MODEL, "lr": 1e-4},
     "SFT on the answer": REAL_SFT,
     "SFT on the answer, lr 1e-4": {**REAL_SFT, "lr": 1e-4},
     "SimPO (M = 1)": {**REAL_MODEL, "n_rejected": 1},
