@@ -431,9 +431,13 @@ def find_template(folder: Path, settings: dict[str, Any], special: dict[str, int
 
 # ------------------------------------------------------------------------------- the tokenizer
 
-def is_wide(character: str) -> bool:
-    """Whether a character is of a script that writes no spaces: Chinese, Japanese."""
-    return unicodedata.east_asian_width(character) in ("W", "F")
+# Unicode's names of their characters begin so.
+WITHOUT_SPACES = ("CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR")
+
+
+def has_no_spaces(character: str) -> bool:
+    """Whether a character is of a script that has none between words. Korean has."""
+    return unicodedata.name(character, "").startswith(WITHOUT_SPACES)
 
 
 def load_tokenizer(folder: str | Path, template: str = "auto") -> "Tokenizer":
@@ -550,7 +554,7 @@ class Tokenizer:
             return text
         before = self.decode(suffix)
         after_words = before[-1:].isalnum() or before.endswith((":", ";", ",", ".", "!", "?"))
-        if not after_words or is_wide(before[-1]) or is_wide(text[0]):
+        if not after_words or has_no_spaces(before[-1]) or has_no_spaces(text[0]):
             return text
         joined = self.decode(suffix + self.encode(text))
         return " " + text if joined == before + text.lstrip() else text

@@ -7,7 +7,7 @@ where a comment asks for it. NAME is a list, or several, as recipe+references:
     <!-- differences NAME from CELL: right_8x ppl_64 -->       a row a cell, less CELL seed by seed
     <!-- table NAME of CELL | CELL: right_8x ppl_64 -->        these rows, in this order; so may
                                                                differences NAME of CELL from CELL
-    <!-- questions NAME from CELL: 8p 16p -->         a row a cell, less CELL by question
+    <!-- questions NAME from CELL: each_8p -->        a row a cell, less CELL by question
     | ... |
     <!-- end -->
     <!-- picture NAME in experiments/answers.png: CELL | CELL -->
@@ -15,6 +15,7 @@ where a comment asks for it. NAME is a list, or several, as recipe+references:
 import os
 import re
 import statistics
+from collections.abc import Callable
 
 from configs import BadInput
 from data import read_lines
@@ -42,10 +43,10 @@ def mean_and_half(values: list[float]) -> tuple[float, float | None]:
 
 
 def columns(line: dict) -> dict:
-    """A line's numbers by column, with those that are made from others."""
+    """A line's columns, with those that are made from others: numbers, and outcomes as "0110"."""
     found = {}
     for key, value in line.items():
-        if isinstance(value, (int, float)):
+        if isinstance(value, (int, float)) or key.startswith("each_"):
             found[key] = value
     # The margin is beta times how far the chosen answer leads: of SFT, 0 whatever it leads by.
     if line.get("difference", {}).get("beta") == 0:
@@ -109,28 +110,6 @@ def shown(cells: dict[str, list[dict]], wanted: str | None) -> dict[str, list[di
     return found
 
 
-def differences(lines: list[dict], reference: str, names: list[str],
-                wanted: str | None = None) -> str:
-    """A Markdown table: the named columns of each other cell less the reference's, seed by seed.
-
-    The cells of a seed share pairs, positions and questions, so that much of what seeds differ by
-    falls out. Bold: the 95 % interval does not hold 0.
-    """
-    cells = by_cell(lines)
-    of_reference = {run["seed"]: run for run in runs_of(cells, reference)}
-    del cells[reference]
-    rows = []
-    for cell, runs in shown(cells, wanted).items():
-        both = [(run, of_reference[run["seed"]]) for run in runs if run["seed"] in of_reference]
-        if not both:
-            continue
-        row = [cell, str(len(both))]
-        for name in names:
-            row.append(difference_of_two(both, name))
-        rows.append(row)
-    return markdown(names, rows)
-
-
 def difference_of_two(both: list[tuple[dict, dict]], name: str) -> str:
     """One entry of differences(), of (run, the reference's run) of each seed."""
     values = []
@@ -144,6 +123,32 @@ def difference_of_two(both: list[tuple[dict, dict]], name: str) -> str:
     return with_half(mean, half)
 
 
+def differences(lines: list[dict], reference: str, names: list[str],
+                wanted: str | None = None,
+                entry_of: Callable[[list, str], str] = difference_of_two) -> str:
+    """A Markdown table: the named columns of each other cell less the reference's, seed by seed.
+
+    The cells of a seed share pairs, positions and questions, so that much of what seeds differ by
+    falls out. Bold: the 95 % interval does not hold 0. entry_of(runs and the reference's, column).
+    """
+    cells = by_cell(lines)
+    of_reference = {run["seed"]: run for run in runs_of(cells, reference)}
+    del cells[reference]
+    rows = []
+    for cell, runs in shown(cells, wanted).items():
+        both = []
+        for run in runs:
+            if run["seed"] in of_reference:
+                both.append((run, of_reference[run["seed"]]))
+        if not both:
+            continue
+        row = [cell, str(len(both))]
+        for name in names:
+            row.append(entry_of(both, name))
+        rows.append(row)
+    return markdown(names, rows)
+
+
 def with_half(mean: float, half: float) -> str:
     """A difference and half its interval, bold where that does not hold 0."""
     text = f"{sign(mean)}{number(mean)} ±{number(half)}"
@@ -152,40 +157,22 @@ def with_half(mean: float, half: float) -> str:
 
 def questions(lines: list[dict], reference: str, names: list[str],
               wanted: str | None = None) -> str:
-    """A Markdown table: right answers of each other cell less the reference's, over questions.
+    """differences() over questions, of columns each_8p, each_16p: 1 for right, 0 for wrong.
 
-    For runs that are asked the same questions, of which a line has each_NAME, 1 for right. What a
-    question says is its mean over seeds, so that the interval is over questions: what others than
-    these would have moved. Bold: it does not hold 0. Seeds that lack a column are left out.
+    For runs that are asked the same questions. What a question says is its mean over seeds, so that
+    the interval is over questions: what others than these would have moved. Lines that lack one of
+    the columns are left out.
     """
-    keys = [f"each_{name}" for name in names]
-    by_name = {}
-    for line in lines:
-        runs = by_name.setdefault(line["cell"], {})
-        if all(key in line for key in keys):
-            runs[line["seed"]] = line
-    of_reference = runs_of(by_name, reference)
-    rows = []
-    for cell, runs in shown(by_name, wanted).items():
-        pairs = []
-        for seed, line in runs.items():
-            if seed in of_reference:
-                pairs.append((line, of_reference[seed]))
-        if cell == reference or not pairs:
-            continue
-        row = [cell, str(len(pairs))]
-        for key in keys:
-            row.append(difference_over_questions(pairs, key))
-        rows.append(row)
-    return markdown(names, rows)
+    kept = [line for line in lines if all(name in line for name in names)]
+    return differences(kept, reference, names, wanted, over_questions)
 
 
-def difference_over_questions(pairs: list[tuple[dict, dict]], key: str) -> str:
-    """One entry of questions(), of (line, the reference's line) of each seed."""
+def over_questions(both: list[tuple[dict, dict]], name: str) -> str:
+    """One entry of questions(), of (run, the reference's run) of each seed."""
     by_seed = []
-    for line, reference in pairs:
+    for run, reference in both:
         by_question = []
-        for one, other in zip(line[key], reference[key], strict=True):
+        for one, other in zip(run[name], reference[name], strict=True):
             by_question.append(int(one) - int(other))
         by_seed.append(by_question)
     values = []

@@ -405,12 +405,13 @@ def test_split_patterns_equal_tokenizers(tmp_path, parts, use_regex):
 
 
 @pytest.mark.parametrize("tail, answer", [(" Who?\nAnswer:", " the cat"), (" Who?\nAnswer: ", "the cat"), (" Who?\n", "the cat"), ("", "the cat"), (" Who? (", "the cat"), ('A: "', "the cat"),
-                                          ("\u7b54\uff1a", "the cat"), ("\u7b54", "the cat"), ("answer", " the cat"), ("R\xe9ponse\xe9", " the cat")])
+                                          ("\u7b54\uff1a", "the cat"), ("\u7b54", "the cat"), ("answer", " the cat"), ("\ub2f5", " the cat"), ("\u0e15\u0e2d\u0e1a", "the cat"), ("R\xe9ponse\xe9", " the cat")])
 def test_an_answer_that_goes_on_with_a_text_begins_with_a_space(tail, answer):
     ours = load_tokenizer(TINY)
     assert ours.template == "plain"
     _, suffix, _ = ours.chat("", tail)
     assert ours.as_answer("\u5df4\u9ece", suffix) == "\u5df4\u9ece" and ours.as_answer("", suffix) == ""
+    assert ours.as_answer("\uc11c\uc6b8", suffix) == answer.replace("the cat", "\uc11c\uc6b8")      # Seoul: Korean has spaces
     assert ours.as_answer("the cat", suffix) == answer and ours.as_answer(" the cat", suffix) == " the cat"
 
 
