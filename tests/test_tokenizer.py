@@ -412,6 +412,7 @@ def test_an_answer_that_goes_on_with_a_text_begins_with_a_space(tail, answer):
     _, suffix, _ = ours.chat("", tail)
     assert ours.as_answer("\u5df4\u9ece", suffix) == "\u5df4\u9ece" and ours.as_answer("", suffix) == ""
     assert ours.as_answer("\uc11c\uc6b8", suffix) == answer.replace("the cat", "\uc11c\uc6b8")      # Seoul: Korean has spaces
+    assert ours.as_answer("the cat", [*suffix, ours.eos_id]) == "the cat"      # as after Mistral's [/INST], which is a token
     assert ours.as_answer("the cat", suffix) == answer and ours.as_answer(" the cat", suffix) == " the cat"
 
 
