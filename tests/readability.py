@@ -69,7 +69,9 @@ top = [node for node in ast.parse(open("train_logo.py").read()).body if isinstan
 exec(compile(ast.Module(top, []), "train_logo.py", "exec"))
 files = {getattr(module, "__file__", None) or "" for module in list(sys.modules.values())}
 here = os.path.realpath(os.getcwd()) + os.sep
-files = [f for f in files if os.path.realpath(f).startswith(here) and os.path.isfile(f)] + ["train_logo.py"]
+packages = os.path.realpath(sys.prefix) + os.sep  # the environment may lie inside the tree, as the README has it
+files = [f for f in files if os.path.realpath(f).startswith(here) and not os.path.realpath(f).startswith(packages)]
+files = [f for f in files if os.path.isfile(f)] + ["train_logo.py"]
 print(json.dumps({os.path.relpath(os.path.realpath(f)): len(open(f).read().splitlines()) for f in files}))
 """
 
