@@ -60,6 +60,7 @@ for how in ("none", "mix", "pose", "randpos"):
 OBJECTIVES = {
     "SimPO (M = 1)": {**RECIPE, "n_rejected": 1},
     "LOGO, M = 4": {**RECIPE, "n_rejected": 4, "candidates": 8},
+    "LOGO, M = 8": {**RECIPE, "n_rejected": 8, "candidates": 16},
     "SFT on everything": {**RECIPE, **SFT, "variant": "sft_all"},
     "SimPO, real positions": {**RECIPE, "n_rejected": 1, "positions": "none"},
 }
@@ -87,6 +88,11 @@ WINS = {
     "LOGO, own wrong answers": {**RECIPE, "negatives": "own"},
     "LOGO, own wrong answers alone": {**RECIPE, "negatives": "own_only"},
     "SFT, those pairs": {**RECIPE, **SFT, "negatives": "own_where"},
+}
+# The first two once more, measured at lower temperatures as well: what a line before has not.
+COOLER = {
+    "LOGO, unverified pairs": WINS["LOGO, unverified pairs"],
+    "SFT, unverified pairs": WINS["SFT, unverified pairs"],
 }
 NEIGHBOURS = {
     "DiscoPOP's loss": {**RECIPE, "variant": "discopop"},
@@ -179,6 +185,7 @@ SMOLLM2 = {
     "SFT on the answer": REAL_SFT,
     "SFT on the answer, lr 1e-4": {**REAL_SFT, "lr": 1e-4},
     "SimPO (M = 1)": {**REAL_MODEL, "n_rejected": 1},
+    "LOGO, own wrong answers": {**REAL_MODEL, "negatives": "own"},
     "LOGO, LoRA": {**REAL_MODEL, **LORA},
     "SFT on the answer, LoRA": {**REAL_SFT, **LORA},
 }
@@ -193,6 +200,7 @@ LISTS = {
     "objectives": (OBJECTIVES, SEEDS),
     "knobs": (KNOBS, SEEDS),
     "wins": (WINS, SEEDS),
+    "cooler": (COOLER, SEEDS),
     "neighbours": (NEIGHBOURS, SEEDS),
     "bugs": (BUGS, SEEDS),
     "kinds": (KINDS, SEEDS),

@@ -18,7 +18,8 @@ from tokenizer import load_tokenizer
 Judge = Callable[[dict, str], bool]
 
 TIMES = {104: 1, 232: 2, 488: 4, 1000: 8, 2024: 16}  # windows of a context, by its tokens
-SAMPLED = {104: 200, 1000: 100}   # questions that are answered at temperature 1, by context
+TEMPERATURES = (1.0, 0.7, 0.5)
+SAMPLED = {104: 200, 1000: 100}   # questions that are answered at each temperature, by context
 PROBES = 200                      # questions without evidence, and among look-alikes
 GONE_SIZE = 104
 ALIKE_SIZE = 232
@@ -30,9 +31,10 @@ def measure(folder: str, cfg: dict) -> dict:
     """Columns of a model folder: shares, perplexities.
 
     right_1x .., invented_1x ..: of fresh questions over 1 window of context and more, greedy.
-    invented_t1_1x ..: of fewer of these, sampled at temperature 1. states_gone: of questions about
-    a person whose fact is not there, answers that give one all the same. right_alike: of questions
-    among look-alikes. ppl_64 ..: of the world's text, in windows of so many tokens.
+    invented_t1_1x, invented_t07_1x ..: of fewer of these, sampled at temperature 1, 0.7 ..
+    states_gone: of questions about a person whose fact is not there, answers that give one all the
+    same. right_alike: of questions among look-alikes. ppl_64 ..: of the world's text, in windows of
+    so many tokens.
     """
     torch.set_num_threads(cfg["threads"])
     model = load_pretrained(folder, torch.float32, "cpu")
@@ -46,10 +48,12 @@ def measure(folder: str, cfg: dict) -> dict:
         found[f"invented_{times}x"] = share(invents, answers)
     for size, count in SAMPLED.items():
         fewer = {**cfg, "fresh_questions": min(count, cfg["fresh_questions"])}
-        examples = read_examples(fewer, "fresh", size)
-        generator = torch.Generator().manual_seed(cfg["seed"])
-        answers = answered(model, tokenizer, cfg, examples, 1.0, generator)
-        found[f"invented_t1_{TIMES[size]}x"] = share(invents, answers)
+        for temperature in TEMPERATURES:
+            examples = read_examples(fewer, "fresh", size)
+            generator = torch.Generator().manual_seed(cfg["seed"])
+            answers = answered(model, tokenizer, cfg, examples, temperature, generator)
+            column = f"invented_t{temperature:g}_{TIMES[size]}x".replace(".", "")
+            found[column] = share(invents, answers)
     world = run_file(cfg["examples"])
     count = min(PROBES, cfg["fresh_questions"])
     for name, questions, size, judge in (

@@ -380,7 +380,7 @@ def test_base_is_a_config():
 
 SMALL = {"n_examples": 24, "steps": 1, "batch_size": 2, "micro_batch": 2, "held_out": 4, "fresh_questions": 2, "fresh_sizes": [104]}
 YARN = {"rope_theta": 0.0, "rope_scaling": {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 128}}
-COLUMNS = {"right_1x", "invented_1x", "invented_t1_1x", "states_gone", "right_alike", "ppl_64"}
+COLUMNS = {"right_1x", "invented_1x", "invented_t1_1x", "invented_t05_1x", "states_gone", "right_alike", "ppl_64"}
 TRAINED = {"pairs", "margin", "accuracy", "chosen_before", "chosen_after", "peak_memory"}
 
 
