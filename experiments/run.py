@@ -51,7 +51,9 @@ def run(difference: dict, seed: int) -> dict:
     if world_of(difference) == "smollm2":
         check_smollm2()
     folder = os.path.join(WORK, digest({"difference": difference, "seed": seed}))
-    line = {"seconds": {}}
+    # Before the hours: another commit may be checked out meanwhile.
+    head = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=ROOT, text=True)
+    line = {"seconds": {}, "commit": head.strip()}
     if cfg["steps"]:
         model_folder, found = train(difference, seed, folder, line["seconds"])
         line.update(found)
@@ -75,8 +77,6 @@ def run(difference: dict, seed: int) -> dict:
         "threads": cfg["threads"],
         "torch": torch.__version__,
     }
-    head = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=ROOT, text=True)
-    line["commit"] = head.strip()
     # The exported weights are large and made again by the same run; its log and result.json stay.
     shutil.rmtree(os.path.join(folder, "hf"), ignore_errors=True)
     return line

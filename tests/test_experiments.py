@@ -253,7 +253,7 @@ CLAIMS = [
     ("Without them LOGO gains nothing over YaRN without training at 8 windows", "positions+references", "LOGO, none", "YaRN", "right_8x", "around 0"),
     ("and SFT does.", "positions+references", "SFT on the answer, none", "YaRN", "right_8x", "above 0"),
     ("verified LOGO's answers, *sampled* at temperature 1, invent less than SFT's", "wins", "LOGO, unverified pairs", "SFT, unverified pairs", "invented_t1_1x invented_t1_8x", "below 0"),
-    ("at temperature .5, and greedy, they do not", "cooler", "LOGO, unverified pairs", "SFT, unverified pairs", "invented_t05_1x invented_t05_8x invented_1x invented_8x", "around 0"),
+    ("at temperature .5, and greedy, no difference is told", "cooler", "LOGO, unverified pairs", "SFT, unverified pairs", "invented_t05_1x invented_t05_8x invented_1x invented_8x", "around 0"),
     ("synthesized positions carry the reach.", "recipe+positions", "LOGO", "LOGO, none", "right_8x", "above 0"),
     ("synthesized positions carry the reach.", "recipe+positions", "SFT on the answer", "SFT on the answer, none", "right_8x", "above 0"),
 ]
