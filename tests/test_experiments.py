@@ -277,11 +277,23 @@ def test_the_real_model_in_the_first_screen():
         text = " ".join(f.read().split())
     lines = report.lines_of("smollm2", command.RESULTS)
     cells = report.by_cell(lines)
-    logo, sft, base = (f"{statistics.fmean(run['right_8p'] for run in cells[name]) + 1e-9:.2f}"[1:] for name in ("LOGO", "SFT on the answer", "the base"))
-    assert f"answers {logo} of the questions among 8, where SFT on the same chosen answers has {sft} and the untuned model {base} (two seeds" in text
-    faster = f"{cells['SFT on the answer, lr 1e-4'][0]['right_8p']:.2f}"[1:]
-    assert f"SFT at three times the rate has {faster} (one seed)" in text
-    assert f"on SmolLM2 (two seeds) {logo} against {sft} among 8 passages at the same rate, none told from SFT at a higher rate ({faster}, one seed), nor among 16" in text
+
+    def right(name):
+        return f"{statistics.fmean(run['right_8p'] for run in cells[name]) + 1e-9:.2f}"[1:]
+
+    def seeds(name):
+        return {1: "one seed", 2: "two seeds"}[len(cells[name])]
+
+    logo, sft, base = right("LOGO"), right("SFT on the answer"), right("the base")
+    assert (f"answers {logo} of the questions among 8, where SFT on the same chosen answers has {sft} and the untuned model {base} "
+            f"({seeds('LOGO')}") in text
+    logo_fast, sft_fast = "LOGO, lr 1e-4", "SFT on the answer, lr 1e-4"
+    assert (f"At three times the rate SFT has {right(sft_fast)} ({seeds(sft_fast)}) and LOGO {right(logo_fast)} ({seeds(logo_fast)}), "
+            "which are not told apart") in text
+    assert (f"on SmolLM2 {logo} against {sft} among 8 passages at a rate of 3e-5 ({seeds('LOGO')}), none told at 1e-4 "
+            f"({right(logo_fast)}, {right(sft_fast)}), nor among 16") in text
+    row = report.questions(lines, sft_fast, ["each_8p", "each_16p"], logo_fast).splitlines()[-1]
+    assert "**" not in row
     among_8, among_16 = report.questions(lines, "SFT on the answer", ["each_8p", "each_16p"], "LOGO").splitlines()[-1].split(" | ")[2:]
     assert among_8.startswith("**+") and not among_16.startswith("**")
 
