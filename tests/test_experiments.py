@@ -288,14 +288,18 @@ def test_the_real_model_in_the_first_screen():
     assert (f"answers {logo} of the questions among 8, where SFT on the same chosen answers has {sft} and the untuned model {base} "
             f"({seeds('LOGO')}") in text
     logo_fast, sft_fast = "LOGO, lr 1e-4", "SFT on the answer, lr 1e-4"
-    assert (f"At three times the rate SFT has {right(sft_fast)} ({seeds(sft_fast)}) and LOGO {right(logo_fast)} ({seeds(logo_fast)}), "
-            "which are not told apart") in text
-    assert (f"on SmolLM2 {logo} against {sft} among 8 passages at a rate of 3e-5 ({seeds('LOGO')}), none told at 1e-4 "
-            f"({right(logo_fast)}, {right(sft_fast)}), nor among 16") in text
-    row = report.questions(lines, sft_fast, ["each_8p", "each_16p"], logo_fast).splitlines()[-1]
-    assert "**" not in row
-    among_8, among_16 = report.questions(lines, "SFT on the answer", ["each_8p", "each_16p"], "LOGO").splitlines()[-1].split(" | ")[2:]
+    assert (f"At three times the rate LOGO has {right(logo_fast)} and SFT {right(sft_fast)} ({seeds(logo_fast)}), "
+            "the questions telling them apart, barely") in text
+    assert (f"on SmolLM2 {logo} against {sft} among 8 passages at a rate of 3e-5 ({seeds('LOGO')}), "
+            f"{right(logo_fast)} against {right(sft_fast)} at 1e-4; among 16 told at 1e-4 alone") in text
+
+    def by_question(one, other):
+        return report.questions(lines, other, ["each_8p", "each_16p"], one).splitlines()[-1].strip(" |").split(" | ")[2:]
+
+    among_8, among_16 = by_question("LOGO", "SFT on the answer")
     assert among_8.startswith("**+") and not among_16.startswith("**")
+    among_8, among_16 = by_question(logo_fast, sft_fast)
+    assert among_8.startswith("**+") and among_16.startswith("**+")
 
 
 def test_a_table_shows_the_cells_that_are_asked_for():
