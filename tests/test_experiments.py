@@ -289,7 +289,7 @@ def test_the_real_model_in_the_first_screen():
             f"({seeds('LOGO')}") in text
     logo_fast, sft_fast = "LOGO, lr 1e-4", "SFT on the answer, lr 1e-4"
     assert (f"At three times the rate LOGO has {right(logo_fast)} and SFT {right(sft_fast)} ({seeds(logo_fast)}), "
-            "the questions telling them apart, barely") in text
+            "a lead that 200 questions just tell") in text
     assert (f"on SmolLM2 {logo} against {sft} among 8 passages at a rate of 3e-5 ({seeds('LOGO')}), "
             f"{right(logo_fast)} against {right(sft_fast)} at 1e-4; among 16 told at 1e-4 alone") in text
 
@@ -409,8 +409,16 @@ def small(tmp_path, monkeypatch):
     return {**SMALL, **YARN}
 
 
-def test_a_small_run_measures_every_column(small):
+def test_a_small_run_measures_every_column(small, monkeypatch):
+    asked = []
+
+    def recorded(model, tokenizer, cfg, examples, *temperature):
+        asked.append(temperature[:1])
+        return answered(model, tokenizer, cfg, examples, *temperature)
+
+    monkeypatch.setattr("experiments.measure.answered", recorded)
     line = run(small, 1)
+    assert [at for at in asked if at] == [(1.0,), (0.7,), (0.5,)]
     assert COLUMNS | TRAINED | {"seconds", "cpu_seconds", "machine", "commit"} <= line.keys()
     # The same pairs serve a run that differs in training alone, and an untrained one measures the same model.
     again = run({**small, "lr": 0.0}, 1)
