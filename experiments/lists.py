@@ -57,6 +57,11 @@ POSITIONS = {}
 for how in ("none", "mix", "pose", "randpos"):
     POSITIONS[f"LOGO, {how}"] = {**RECIPE, "positions": how}
     POSITIONS[f"SFT on the answer, {how}"] = {**RECIPE, **SFT, "positions": how}
+# "mix" is the paper's 9 : 1 of continuous to sparse samples; 10 : 0 is the recipe.
+for ratio, share in (("5:5", 0.5), ("0:10", 1.0)):
+    mixed = {**RECIPE, "positions": "mix", "sparse_share": share}
+    POSITIONS[f"LOGO, mix {ratio}"] = mixed
+    POSITIONS[f"SFT on the answer, mix {ratio}"] = {**mixed, **SFT}
 OBJECTIVES = {
     "SimPO (M = 1)": {**RECIPE, "n_rejected": 1},
     "LOGO, M = 4": {**RECIPE, "n_rejected": 4, "candidates": 8},
