@@ -17,8 +17,8 @@ from checkpoint import sha256
 from configs import BadInput, default_groups, load_config, read_json, write_json
 from experiments.measure import measure
 from experiments.measure_smollm2 import check_smollm2, measure_smollm2
-from experiments.remade import count_own, remake
 from experiments.remade import KEYS as REMADE_KEYS
+from experiments.remade import count_own, remake
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 WORK = os.path.join(ROOT, "out", "experiments")  # pairs, models and logs: not in the repository
