@@ -16,6 +16,7 @@ import fcntl
 import glob
 import math
 import os
+import re
 import resource
 import shlex
 import shutil
@@ -269,7 +270,13 @@ def peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     # Of a CPU process all there is, with what malloc keeps for itself.
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if os.path.exists("/proc/self/status"):
+        with open("/proc/self/status") as file:
+            peak = re.search(r"VmHWM:\s+(\d+) kB", file.read())
+        return 1024 * int(peak[1])
+    # A process started by a large one has that one's peak here.
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 # ------------------------------------------------------------------------------------- checkpoints

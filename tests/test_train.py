@@ -779,6 +779,18 @@ def test_an_adapter_goes_on_training_and_a_checkpoint_merges(run, checkpointed, 
 
 # -------------------------------------------------------------------------------------------- guard.py, and what a run holds
 
+LARGE = """
+import subprocess, sys
+held = bytearray(b"x") * 2**30
+subprocess.run([sys.executable, "-c", "import guard, torch; print(guard.peak_memory(torch.device('cpu')))"], check=True)
+"""
+
+
+def test_the_peak_of_a_process_is_not_that_of_the_one_that_started_it():
+    found = subprocess.run([sys.executable, "-c", LARGE], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert 2**26 < int(found.stdout) < 2**30
+
+
 def test_evaluations_never_see_an_older_models_weights(checkpointed, tmp_path, capfd):
     """A killed run's leftovers go first; where the merge fails nothing is measured, and a warning says so."""
     folder = shutil.copytree(checkpointed, tmp_path / "run")
