@@ -228,7 +228,10 @@ def train(difference: dict, seed: int, folder: str, seconds: dict) -> tuple[str,
         cfg["yarn_factor"] = 0.0
     # Built apart from the run, so that cells that differ in training alone share them.
     cfg["pairs"] = pairs_of(cfg, difference, seed, seconds)
-    os.makedirs(folder, exist_ok=True)
+    # A run that was stopped has left a checkpoint. It is done anew, as its line names one commit.
+    if os.path.exists(folder):
+        shutil.rmtree(folder)
+    os.makedirs(folder)
     start = time.time()
     script = ["train_logo.py"]
     if "variant" in difference:

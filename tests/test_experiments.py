@@ -471,6 +471,28 @@ def test_who_answers_and_who_is_trained(tmp_path, monkeypatch):
     assert done == [("train_logo.py", tiny, 8.0, 0.0), ("pairs", policy, 8.0, 1.0), ("train_logo.py", tiny, 8.0, 1.0)]
 
 
+def test_a_run_that_was_stopped_is_done_anew(tmp_path, monkeypatch):
+    fake_commands(tmp_path, monkeypatch)
+    folder = tmp_path / "run"
+    (folder / "step_000104").mkdir(parents=True)
+    train({"beta": 0.0}, 1, str(folder), {})
+    assert sorted(os.listdir(folder)) == ["hf", "result.json"]
+
+
+def test_a_line_names_the_commit_at_which_its_run_began(tmp_path, monkeypatch):
+    monkeypatch.setattr("experiments.run.WORK", str(tmp_path))
+    commits = ["as it began\n", "checked out meanwhile\n"]
+    monkeypatch.setattr("experiments.run.subprocess.check_output", lambda *words, **options: commits[0])
+
+    def hours(*words):
+        commits.pop(0)
+        return "export", {}
+
+    monkeypatch.setattr("experiments.run.train", hours)
+    monkeypatch.setitem(MEASURES, "tiny", lambda folder, cfg: {})
+    assert run({}, 1)["commit"] == "as it began"
+
+
 def test_a_model_that_a_kill_left_half_made_is_made_anew(tmp_path, monkeypatch):
     monkeypatch.setattr("experiments.run.WORK", str(tmp_path))
     tiny = os.path.join(ROOT, "models", "tiny")
