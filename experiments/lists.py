@@ -182,6 +182,8 @@ POSITIONED = {
 # A real model. Pairs take half an hour: all seeds have those of one, and the same questions.
 REAL_MODEL = {"world": "smollm2", "built": {"seed": 0, "n_rejected": 2}}
 REAL_SFT = {**REAL_MODEL, "beta": 0.0, "sft_weight": 1.0}
+# Other questions make the pairs, and other ones are asked.
+OTHERS = {"built": {"seed": 1, "n_rejected": 2}}
 LORA = {"lora_r": 16, "lora_alpha": 32, "lr": 1e-3}
 SMOLLM2 = {
     "the base": {**REAL_MODEL, "steps": 0},
@@ -193,6 +195,9 @@ SMOLLM2 = {
     "LOGO, own wrong answers": {**REAL_MODEL, "negatives": "own"},
     "LOGO, LoRA": {**REAL_MODEL, **LORA},
     "SFT on the answer, LoRA": {**REAL_SFT, **LORA},
+    "LOGO, other pairs": {**REAL_MODEL, **OTHERS},
+    "SFT on the answer, other pairs": {**REAL_SFT, **OTHERS},
+    "the base, other questions": {**REAL_MODEL, **OTHERS, "steps": 0},
 }
 
 SEEDS = [1, 2, 3, 4, 5]
