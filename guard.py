@@ -273,7 +273,9 @@ def peak_memory(device: torch.device) -> int:
     if os.path.exists("/proc/self/status"):
         with open("/proc/self/status") as file:
             peak = re.search(r"VmHWM:\s+(\d+) kB", file.read())
-        return 1024 * int(peak[1])
+        # Some sandboxes leave the line out.
+        if peak:
+            return 1024 * int(peak[1])
     # A process started by a large one has that one's peak here.
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak

@@ -17,7 +17,8 @@ from console import asked_for_help, print_help
 from data import read_lines
 from experiments.lists import LISTS
 from experiments.report import report
-from experiments.run import ROOT, run
+from experiments.run import ROOT, WORK, run
+from guard import lock
 
 OPTIONS = dict(
     jobs=1,                  # runs at a time
@@ -47,6 +48,8 @@ def run_list(name: str, jobs: int, folder: str = RESULTS) -> int:
     """Run what is missing, `jobs` at a time. The number of runs that failed."""
     os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, name + ".jsonl")
+    # Of two at a time, both would do what is missing.
+    at_work = lock(os.path.join(WORK, "lists", name))
 
     def failed(wanted: dict) -> bool:
         words = [sys.executable, "-m", "experiments", "one", path, json.dumps(wanted)]
@@ -56,7 +59,7 @@ def run_list(name: str, jobs: int, folder: str = RESULTS) -> int:
         print(wanted["cell"], wanted["seed"], said, flush=True)
         return done.returncode != 0
 
-    with ThreadPool(jobs) as pool:
+    with at_work, ThreadPool(jobs) as pool:
         return sum(pool.map(failed, missing(name, folder), chunksize=1))
 
 

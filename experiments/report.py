@@ -164,6 +164,15 @@ def questions(lines: list[dict], reference: str, names: list[str],
     the columns are left out.
     """
     kept = [line for line in lines if all(name in line for name in names)]
+    compared = [reference, *wanted.split(" | ")] if wanted else [line["cell"] for line in kept]
+    asked = []
+    for line in kept:
+        # The questions go with the pairs.
+        built = line.get("difference", {}).get("built")
+        if line["cell"] in compared and built not in asked:
+            asked.append(built)
+    if len(asked) > 1:
+        raise BadInput(f"runs that were asked different questions are compared: {asked}")
     return differences(kept, reference, names, wanted, over_questions)
 
 
@@ -178,7 +187,7 @@ def over_questions(both: list[tuple[dict, dict]], name: str) -> str:
     values = []
     for of_question in zip(*by_seed, strict=True):
         values.append(statistics.fmean(of_question))
-    # So many questions that Student's t is the normal.
+    # Student's t is near: 2.01 of 50 questions, 1.97 of 200.
     error = statistics.stdev(values) / len(values) ** 0.5
     return with_half(statistics.fmean(values), 1.96 * error)
 

@@ -14,11 +14,12 @@ import time
 import torch
 
 from checkpoint import sha256
-from configs import BadInput, default_groups, load_config, read_json, write_json
+from configs import BadInput, default_groups, load_config, nearest, read_json, write_json
 from experiments.measure import measure
 from experiments.measure_smollm2 import check_smollm2, measure_smollm2
 from experiments.remade import KEYS as REMADE_KEYS
 from experiments.remade import count_own, remake
+from guard import lock
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 WORK = os.path.join(ROOT, "out", "experiments")  # pairs, models and logs: not in the repository
@@ -51,6 +52,13 @@ def run(difference: dict, seed: int) -> dict:
     if world_of(difference) == "smollm2":
         check_smollm2()
     folder = os.path.join(WORK, digest({"difference": difference, "seed": seed}))
+    # The same run may stand in two lists that are at work.
+    with locked(folder):
+        return trained_and_measured(difference, seed, cfg, folder)
+
+
+def trained_and_measured(difference: dict, seed: int, cfg: dict, folder: str) -> dict:
+    """What run() does, while no other process does the same."""
     # Before the hours: another commit may be checked out meanwhile.
     head = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=ROOT, text=True)
     line = {"seconds": {}, "commit": head.strip()}
@@ -89,6 +97,10 @@ def world_of(difference: dict) -> str:
 
 def settings(difference: dict, seed: int) -> dict:
     """The whole config of a run."""
+    of_pairs = default_groups()["build"]
+    for key in difference.get("built", {}):
+        if key not in of_pairs:
+            raise BadInput(f"built: {key!r} is no key of the pairs{nearest(key, of_pairs)}")
     words = [f"seed={seed}"]
     for key, value in difference.items():
         if key not in OWN_KEYS:
@@ -209,7 +221,9 @@ def pairs_of(cfg: dict, difference: dict, seed: int, seconds: dict) -> str:
 
 def aligned(difference: dict, seed: int) -> str:
     """The model folder that a run makes, which is kept."""
-    kept = os.path.join(WORK, "models", digest({"difference": difference, "seed": seed}))
+    made_by = {"difference": difference, "seed": seed}
+    made_by["weights"] = weights(settings(difference, seed)["model"])
+    kept = os.path.join(WORK, "models", digest(made_by))
     with locked(kept):
         if not os.path.exists(kept):
             export, _ = train(difference, seed, kept + ".run", {})
@@ -228,8 +242,9 @@ def train(difference: dict, seed: int, folder: str, seconds: dict) -> tuple[str,
         cfg["yarn_factor"] = 0.0
     # Built apart from the run, so that cells that differ in training alone share them.
     cfg["pairs"] = pairs_of(cfg, difference, seed, seconds)
-    # A run that was stopped has left a checkpoint. It is done anew, as its line names one commit.
-    if os.path.exists(folder):
+    # A run that was stopped has left a checkpoint. It is done anew, as its line names one commit;
+    # but not under a trainer that a kill of this process's forerunner has left at work.
+    with lock(folder):
         shutil.rmtree(folder)
     os.makedirs(folder)
     start = time.time()

@@ -22,10 +22,17 @@ from experiments.picture import draw
 from experiments.run import MEASURES, OWN_KEYS, ROOT, aligned, run, settings, train, with_rope, world_of
 from experiments.variants import VARIANTS
 from experiments.worlds import alike, gone
+from guard import lock
 from pairs.corpus import read_examples
 from tokenizer import load_tokenizer
 
 DOCUMENTS = [os.path.join(ROOT, name) for name in ("EXPERIMENTS.md", "README.md")]
+
+
+@pytest.fixture(autouse=True)
+def work(tmp_path, monkeypatch):
+    """Where lists are locked that are at work."""
+    monkeypatch.setattr(command, "WORK", str(tmp_path))
 
 
 def fake_run(monkeypatch, fails=()):
@@ -76,6 +83,14 @@ def test_a_failed_run_has_no_line_and_is_run_again(tmp_path, monkeypatch):
     assert len(lines_of(tmp_path)) == 4
 
 
+def test_a_list_that_is_at_work_is_not_run_twice(tmp_path, monkeypatch):
+    started = fake_run(monkeypatch)
+    with lock(str(tmp_path / "lists" / "two")), pytest.raises(BadInput, match="another run is at work here"):
+        command.run_list("two", 1, str(tmp_path))
+    assert started == []
+    assert command.run_list("two", 1, str(tmp_path)) == 0 and len(started) == 4
+
+
 def test_a_changed_difference_is_another_run(tmp_path, monkeypatch):
     started = fake_run(monkeypatch)
     command.run_list("two", 1, str(tmp_path))
@@ -83,6 +98,15 @@ def test_a_changed_difference_is_another_run(tmp_path, monkeypatch):
     monkeypatch.setitem(LISTS, "two", ({"a": {"lr": 0.3}}, [1]))
     command.run_list("two", 1, str(tmp_path))
     assert started == [("a", 1)]
+
+
+@pytest.mark.parametrize("built, said", [
+    ({"n_reject": 4}, "built: 'n_reject' is no key of the pairs, did you mean 'n_rejected'?"),
+    ({"lr": 1e-3}, "built: 'lr' is no key of the pairs"),
+])
+def test_what_pairs_are_built_at_is_checked(built, said):
+    with pytest.raises(BadInput, match=re.escape(said)):
+        settings({"built": built}, 1)
 
 
 def test_an_unknown_list_is_refused():
@@ -194,6 +218,11 @@ def test_differences_over_questions():
     assert report.questions(lines[:2] + same, "a", ["each_8p"], "b").splitlines()[2] == f"| b | 2 | **+.075 ±{report.number(half / 2)}** |"
     with pytest.raises(ValueError):
         report.questions([lines[0], {**lines[1], "each_8p": one[:99]}], "a", ["each_8p"])
+    # The questions go with the pairs: those of other ones are not compared, whichever row asks.
+    others = [lines[0], {**lines[1], "difference": {"built": {"seed": 1}}}]
+    for wanted in (None, "b"):
+        with pytest.raises(BadInput, match="different questions"):
+            report.questions(others, "a", ["each_8p"], wanted)
 
 
 def test_what_may_be_chance_is_not_bold():
@@ -477,6 +506,15 @@ def test_a_run_that_was_stopped_is_done_anew(tmp_path, monkeypatch):
     (folder / "step_000104").mkdir(parents=True)
     train({"beta": 0.0}, 1, str(folder), {})
     assert sorted(os.listdir(folder)) == ["hf", "result.json"]
+
+
+def test_a_trainer_that_is_left_at_work_keeps_its_folder(tmp_path, monkeypatch):
+    fake_commands(tmp_path, monkeypatch)
+    folder = tmp_path / "run"
+    (folder / "step_000104").mkdir(parents=True)
+    with lock(str(folder)), pytest.raises(BadInput, match="another run is at work here"):
+        train({"beta": 0.0}, 1, str(folder), {})
+    assert (folder / "step_000104").exists()
 
 
 def test_a_line_names_the_commit_at_which_its_run_began(tmp_path, monkeypatch):

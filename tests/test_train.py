@@ -791,6 +791,11 @@ def test_the_peak_of_a_process_is_not_that_of_the_one_that_started_it():
     assert 2**26 < int(found.stdout) < 2**30
 
 
+def test_a_system_that_does_not_tell_the_peak_costs_no_run(monkeypatch):
+    monkeypatch.setattr("guard.re.search", lambda pattern, text: None)
+    assert guard.peak_memory(torch.device("cpu")) > 2**26
+
+
 def test_evaluations_never_see_an_older_models_weights(checkpointed, tmp_path, capfd):
     """A killed run's leftovers go first; where the merge fails nothing is measured, and a warning says so."""
     folder = shutil.copytree(checkpointed, tmp_path / "run")
