@@ -57,6 +57,8 @@ POSITIONS = {}
 for how in ("none", "mix", "pose", "randpos"):
     POSITIONS[f"LOGO, {how}"] = {**RECIPE, "positions": how}
     POSITIONS[f"SFT on the answer, {how}"] = {**RECIPE, **SFT, "positions": how}
+# What the preference term does there without the SFT term beside it.
+POSITIONS["LOGO, none, lambda 0"] = {**RECIPE, "positions": "none", "sft_weight": 0.0}
 # "mix" is the paper's 9 : 1 of continuous to sparse samples; 10 : 0 is the recipe.
 for ratio, share in (("5:5", 0.5), ("0:10", 1.0)):
     mixed = {**RECIPE, "positions": "mix", "sparse_share": share}
