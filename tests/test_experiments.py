@@ -279,10 +279,11 @@ def test_the_published_tables_follow_from_the_lines(tmp_path, document):
 CLAIMS = [
     # sentence, lists, cell, less cell, column, what the 95 % interval of the difference is
     ("gives as [many right answers](#two-commands) as LOGO", "recipe", "LOGO", "SFT on the answer", "right_1x right_2x right_4x right_8x", "around 0"),
-    ("Without them LOGO gains nothing over YaRN without training at 8 windows", "positions+references", "LOGO, none", "YaRN", "right_8x", "around 0"),
-    ("and SFT does.", "positions+references", "SFT on the answer, none", "YaRN", "right_8x", "above 0"),
+    ("Without them no gain of LOGO over YaRN without training is told at 8 windows", "positions+references", "LOGO, none", "YaRN", "right_8x", "around 0"),
+    ("and SFT gains.", "positions+references", "SFT on the answer, none", "YaRN", "right_8x", "above 0"),
     ("verified LOGO's answers, *sampled* at temperature 1, invent less than SFT's", "wins", "LOGO, unverified pairs", "SFT, unverified pairs", "invented_t1_1x invented_t1_8x", "below 0"),
-    ("at temperature .5, and greedy, no difference is told", "cooler", "LOGO, unverified pairs", "SFT, unverified pairs", "invented_t05_1x invented_t05_8x invented_1x invented_8x", "around 0"),
+    ("at temperature .5 no difference is told", "cooler", "LOGO, unverified pairs", "SFT, unverified pairs", "invented_t05_1x invented_t05_8x", "around 0"),
+    ("and greedy ones are a little less often right at 2 windows and among look-alikes.", "cooler", "LOGO, unverified pairs", "SFT, unverified pairs", "right_2x right_alike", "below 0"),
     ("synthesized positions carry the reach.", "recipe+positions", "LOGO", "LOGO, none", "right_8x", "above 0"),
     ("synthesized positions carry the reach.", "recipe+positions", "SFT on the answer", "SFT on the answer, none", "right_8x", "above 0"),
 ]
