@@ -53,7 +53,9 @@ def run_list(name: str, jobs: int, folder: str = RESULTS) -> int:
 
     def failed(wanted: dict) -> bool:
         words = [sys.executable, "-m", "experiments", "one", path, json.dumps(wanted)]
-        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+        # A run outlives a list that is killed, and keeps its lock.
+        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True,
+                              pass_fds=[at_work.fileno()])
         # What a run that ended well has said of its progress is not worth a line.
         said = done.stderr[-2000:] if done.returncode else "done"
         print(wanted["cell"], wanted["seed"], said, flush=True)

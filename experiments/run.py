@@ -244,7 +244,8 @@ def train(difference: dict, seed: int, folder: str, seconds: dict) -> tuple[str,
     cfg["pairs"] = pairs_of(cfg, difference, seed, seconds)
     # A run that was stopped has left a checkpoint. It is done anew, as its line names one commit;
     # but not under a trainer that a kill of this process's forerunner has left at work.
-    with lock(folder):
+    if os.path.exists(folder):
+        lock(folder).close()
         shutil.rmtree(folder)
     os.makedirs(folder)
     start = time.time()

@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import statistics
+import threading
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from experiments.lists import LISTS
 from experiments.measure import TIMES, invents, right, share, states
 from experiments.measure_smollm2 import ASKED, measure_smollm2, names_what_is_not_there
 from experiments.picture import draw
-from experiments.run import MEASURES, OWN_KEYS, ROOT, aligned, run, settings, train, with_rope, world_of
+from experiments.run import MEASURES, OWN_KEYS, ROOT, aligned, locked, run, settings, train, with_rope, world_of
 from experiments.variants import VARIANTS
 from experiments.worlds import alike, gone
 from guard import lock
@@ -89,6 +90,19 @@ def test_a_list_that_is_at_work_is_not_run_twice(tmp_path, monkeypatch):
         command.run_list("two", 1, str(tmp_path))
     assert started == []
     assert command.run_list("two", 1, str(tmp_path)) == 0 and len(started) == 4
+
+
+def test_a_run_that_outlives_its_list_keeps_the_lists_lock(tmp_path, monkeypatch):
+    held = []
+    fake_run(monkeypatch)
+    done = command.subprocess.run
+    monkeypatch.setattr(command.subprocess, "run", lambda words, **options: held.append(os.dup(*options["pass_fds"])) or done(words))
+    command.run_list("two", 1, str(tmp_path))
+    with pytest.raises(BadInput, match="another run is at work here"):
+        command.run_list("two", 1, str(tmp_path))
+    for descriptor in held:
+        os.close(descriptor)
+    assert command.run_list("two", 1, str(tmp_path)) == 0
 
 
 def test_a_changed_difference_is_another_run(tmp_path, monkeypatch):
@@ -516,6 +530,28 @@ def test_a_trainer_that_is_left_at_work_keeps_its_folder(tmp_path, monkeypatch):
     with lock(str(folder)), pytest.raises(BadInput, match="another run is at work here"):
         train({"beta": 0.0}, 1, str(folder), {})
     assert (folder / "step_000104").exists()
+
+
+def test_the_same_run_waits_for_the_one_at_work(tmp_path, monkeypatch):
+    monkeypatch.setattr("experiments.run.WORK", str(tmp_path))
+    begun = []
+    monkeypatch.setattr("experiments.run.trained_and_measured", lambda difference, seed, cfg, folder: begun.append(folder) or {})
+    run({}, 1)
+    second = threading.Thread(target=run, args=({}, 1))
+    with locked(begun.pop()):
+        second.start()
+        second.join(0.5)
+        assert begun == []
+    second.join()
+    assert len(begun) == 1
+
+
+def test_another_base_makes_another_model(tmp_path, monkeypatch):
+    fake_commands(tmp_path, monkeypatch)
+    made = aligned({"beta": 0.0}, 1)
+    assert aligned({"beta": 0.0}, 1) == made
+    monkeypatch.setattr("experiments.run.weights", lambda folder: "other weights")
+    assert aligned({"beta": 0.0}, 1) != made
 
 
 def test_a_line_names_the_commit_at_which_its_run_began(tmp_path, monkeypatch):

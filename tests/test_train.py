@@ -781,14 +781,16 @@ def test_an_adapter_goes_on_training_and_a_checkpoint_merges(run, checkpointed, 
 
 LARGE = """
 import subprocess, sys
-held = bytearray(b"x") * 2**30
+held = bytearray(b"x") * (640 * 2**20)
 subprocess.run([sys.executable, "-c", "import guard, torch; print(guard.peak_memory(torch.device('cpu')))"], check=True)
 """
 
 
 def test_the_peak_of_a_process_is_not_that_of_the_one_that_started_it():
+    if not os.path.exists("/proc/self/status") or "VmHWM" not in Path("/proc/self/status").read_text():
+        pytest.skip("the system does not tell a process's own peak")
     found = subprocess.run([sys.executable, "-c", LARGE], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert 2**26 < int(found.stdout) < 2**30
+    assert 2**26 < int(found.stdout) < 640 * 2**20
 
 
 def test_a_system_that_does_not_tell_the_peak_costs_no_run(monkeypatch):
