@@ -328,22 +328,29 @@ def test_the_real_model_in_the_first_screen():
     def seeds(name):
         return {1: "one seed", 2: "two seeds"}[len(cells[name])]
 
-    logo, sft, base = right("LOGO"), right("SFT on the answer"), right("the base")
-    assert (f"answers {logo} of the questions among 8, where SFT on the same chosen answers has {sft} and the untuned model {base} "
-            f"({seeds('LOGO')}") in text
-    logo_fast, sft_fast = "LOGO, lr 1e-4", "SFT on the answer, lr 1e-4"
-    assert (f"At three times the rate LOGO has {right(logo_fast)} and SFT {right(sft_fast)} ({seeds(logo_fast)}), "
-            "a lead that 200 questions just tell") in text
-    assert (f"on SmolLM2 {logo} against {sft} among 8 passages at a rate of 3e-5 ({seeds('LOGO')}), "
-            f"{right(logo_fast)} against {right(sft_fast)} at 1e-4; among 16 told at 1e-4 alone") in text
+    logo, sft = right("LOGO"), right("SFT on the answer")
+    logo_fast, sft_fast = right("LOGO, lr 1e-4"), right("SFT on the answer, lr 1e-4")
+    logo_lora, sft_lora = right("LOGO, LoRA"), right("SFT on the answer, LoRA")
+    logo_other, sft_other = right("LOGO, other pairs"), right("SFT on the answer, other pairs")
+    assert (f"answers {logo} of the questions among 8, where SFT has {sft} and the untuned model {right('the base')} ({seeds('LOGO')}); "
+            f"{logo_fast} for {sft_fast} at three times the rate ({seeds('LOGO, lr 1e-4')}); "
+            f"{logo_lora} for {sft_lora} with LoRA ({seeds('LOGO, LoRA')}); "
+            f"{logo_other} for {sft_other} with other pairs and other questions ({seeds('LOGO, other pairs')};") in text
+    assert (f"on SmolLM2 {logo} against {sft} among 8 passages at a rate of 3e-5, {logo_fast} against {sft_fast} at 1e-4 (two seeds), "
+            f"{logo_lora} against {sft_lora} with LoRA (one); among 16 told at 1e-4 alone") in text
+    for how in ("", ", lr 1e-4", ", LoRA", ", other pairs"):
+        for run, other in zip(cells["LOGO" + how], cells["SFT on the answer" + how], strict=True):
+            assert run["seed"] == other["seed"] and run["right_8p"] > other["right_8p"], "ahead at each setting"
 
     def by_question(one, other):
         return report.questions(lines, other, ["each_8p", "each_16p"], one).splitlines()[-1].strip(" |").split(" | ")[2:]
 
     among_8, among_16 = by_question("LOGO", "SFT on the answer")
     assert among_8.startswith("**+") and not among_16.startswith("**")
-    among_8, among_16 = by_question(logo_fast, sft_fast)
+    among_8, among_16 = by_question("LOGO, lr 1e-4", "SFT on the answer, lr 1e-4")
     assert among_8.startswith("**+") and among_16.startswith("**+")
+    among_8, among_16 = by_question("LOGO, LoRA", "SFT on the answer, LoRA")
+    assert among_8.startswith("**+") and not among_16.startswith("**")
 
 
 def test_a_table_shows_the_cells_that_are_asked_for():
