@@ -159,9 +159,9 @@ def questions(lines: list[dict], reference: str, names: list[str],
               wanted: str | None = None) -> str:
     """differences() over questions, of columns each_8p, each_16p: 1 for right, 0 for wrong.
 
-    For runs that are asked the same questions; refused if their pairs are built apart. What a question says is its mean over seeds, so that
-    the interval is over questions: what others than these would have moved. Lines that lack one of
-    the columns are left out.
+    For runs that are asked the same questions; refused if their pairs are built apart. What a
+    question says is its mean over seeds, so that the interval is over questions: what others than
+    these would have moved. Lines that lack one of the columns are left out.
     """
     kept = [line for line in lines if all(name in line for name in names)]
     compared = [reference, *wanted.split(" | ")] if wanted else [line["cell"] for line in kept]
