@@ -20,7 +20,18 @@ from experiments.lists import LISTS
 from experiments.measure import TIMES, invents, right, share, states
 from experiments.measure_smollm2 import ASKED, measure_smollm2, names_what_is_not_there
 from experiments.picture import draw
-from experiments.run import MEASURES, OWN_KEYS, ROOT, aligned, locked, run, settings, train, with_rope, world_of
+from experiments.run import (
+    MEASURES,
+    OWN_KEYS,
+    ROOT,
+    aligned,
+    locked,
+    run,
+    settings,
+    train,
+    with_rope,
+    world_of,
+)
 from experiments.variants import VARIANTS
 from experiments.worlds import alike, gone
 from guard import lock
@@ -339,8 +350,8 @@ def test_the_real_model_in_the_first_screen():
     assert (f"on SmolLM2 {logo} against {sft} among 8 passages at a rate of 3e-5, {logo_fast} against {sft_fast} at 1e-4 (two seeds), "
             f"{logo_lora} against {sft_lora} with LoRA (one); among 16 told at 1e-4 alone") in text
     for how in ("", ", lr 1e-4", ", LoRA", ", other pairs"):
-        for run, other in zip(cells["LOGO" + how], cells["SFT on the answer" + how], strict=True):
-            assert run["seed"] == other["seed"] and run["right_8p"] > other["right_8p"], "ahead at each setting"
+        for ours, other in zip(cells["LOGO" + how], cells["SFT on the answer" + how], strict=True):
+            assert ours["seed"] == other["seed"] and ours["right_8p"] > other["right_8p"], "ahead at each setting"
 
     def by_question(one, other):
         return report.questions(lines, other, ["each_8p", "each_16p"], one).splitlines()[-1].strip(" |").split(" | ")[2:]
