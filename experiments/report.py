@@ -43,8 +43,11 @@ def mean_and_half(values: list[float]) -> tuple[float, float | None]:
 
 
 def columns(line: dict) -> dict:
-    """A line's columns, with those that are made from others: numbers, and outcomes as "0110"."""
-    found = {}
+    """A line's columns, with those that are made from others: numbers, and outcomes as "0110".
+
+    Beside them "built", what the pairs were built at where the difference says it.
+    """
+    found = {"built": line.get("difference", {}).get("built")}
     for key, value in line.items():
         if isinstance(value, (int, float)) or key.startswith("each_"):
             found[key] = value
@@ -164,15 +167,6 @@ def questions(lines: list[dict], reference: str, names: list[str],
     these would have moved. Lines that lack one of the columns are left out.
     """
     kept = [line for line in lines if all(name in line for name in names)]
-    compared = [reference, *wanted.split(" | ")] if wanted else [line["cell"] for line in kept]
-    asked = []
-    for line in kept:
-        # The questions go with the pairs.
-        built = line.get("difference", {}).get("built")
-        if line["cell"] in compared and built not in asked:
-            asked.append(built)
-    if len(asked) > 1:
-        raise BadInput(f"runs that were asked different questions are compared: {asked}")
     return differences(kept, reference, names, wanted, over_questions)
 
 
@@ -180,6 +174,10 @@ def over_questions(both: list[tuple[dict, dict]], name: str) -> str:
     """One entry of questions(), of (run, the reference's run) of each seed."""
     by_seed = []
     for run, reference in both:
+        # The questions go with the pairs.
+        if run["built"] != reference["built"]:
+            raise BadInput(f"runs that were asked different questions are compared, of pairs built "
+                           f"at {run['built']} and {reference['built']}")
         by_question = []
         for one, other in zip(run[name], reference[name], strict=True):
             by_question.append(int(one) - int(other))

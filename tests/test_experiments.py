@@ -343,15 +343,20 @@ def test_the_real_model_in_the_first_screen():
     logo_fast, sft_fast = right("LOGO, lr 1e-4"), right("SFT on the answer, lr 1e-4")
     logo_lora, sft_lora = right("LOGO, LoRA"), right("SFT on the answer, LoRA")
     logo_other, sft_other = right("LOGO, other pairs"), right("SFT on the answer, other pairs")
-    assert (f"answers {logo} of the questions among 8, where SFT has {sft} and the untuned model {right('the base')} ({seeds('LOGO')}); "
+    assert (f"answers {logo} of 200 questions among 8, where SFT has {sft} and the untuned model {right('the base')} ({seeds('LOGO')}); "
             f"{logo_fast} for {sft_fast} at three times the rate ({seeds('LOGO, lr 1e-4')}); "
             f"{logo_lora} for {sft_lora} with LoRA ({seeds('LOGO, LoRA')}); "
-            f"{logo_other} for {sft_other} with other pairs and other questions ({seeds('LOGO, other pairs')};") in text
+            f"{logo_other} for {sft_other} with other pairs and other questions ({seeds('LOGO, other pairs')}; not told).") in text
+    assert "Its answers do not invent less than SFT's there." in text
     assert (f"on SmolLM2 {logo} against {sft} among 8 passages at a rate of 3e-5, {logo_fast} against {sft_fast} at 1e-4 (two seeds), "
-            f"{logo_lora} against {sft_lora} with LoRA (one); among 16 told at 1e-4 alone") in text
+            f"{logo_lora} against {sft_lora} with LoRA (one), {logo_other} against {sft_other} with other pairs (one, not told); "
+            "among 16 told at 1e-4 and with other pairs") in text
     for how in ("", ", lr 1e-4", ", LoRA", ", other pairs"):
         for ours, other in zip(cells["LOGO" + how], cells["SFT on the answer" + how], strict=True):
             assert ours["seed"] == other["seed"] and ours["right_8p"] > other["right_8p"], "ahead at each setting"
+    for how in (", lr 1e-4", ", LoRA", ", other pairs"):
+        invented = [statistics.fmean(run["invented_8p"] for run in cells[cell + how]) for cell in ("LOGO", "SFT on the answer")]
+        assert invented[0] >= invented[1], "at no setting that has the column for every seed"
 
     def by_question(one, other):
         return report.questions(lines, other, ["each_8p", "each_16p"], one).splitlines()[-1].strip(" |").split(" | ")[2:]
@@ -362,6 +367,8 @@ def test_the_real_model_in_the_first_screen():
     assert among_8.startswith("**+") and among_16.startswith("**+")
     among_8, among_16 = by_question("LOGO, LoRA", "SFT on the answer, LoRA")
     assert among_8.startswith("**+") and not among_16.startswith("**")
+    among_8, among_16 = by_question("LOGO, other pairs", "SFT on the answer, other pairs")
+    assert not among_8.startswith("**") and among_16.startswith("**+")
 
 
 def test_a_table_shows_the_cells_that_are_asked_for():
